@@ -1,0 +1,28 @@
+//! Transparent mTLS: the map of the house.
+//!
+//! A connection walks through rooms; each is a folder with one public face (`mod.rs`), one `Error`, and one type it
+//! hands on. Read [`connection`] first: it writes the walk out once, top to bottom.
+//!
+//! ```text
+//! outbound:  capture ─► mesh (who is the destination) ─► tunnel ─► relay
+//! inbound :  capture ─► tunnel (who is calling) ─► policy ─► relay
+//! ```
+//!
+//! | room | takes → gives |
+//! |---|---|
+//! | [`capture`] | pods → captured streams; the only room that speaks to the kernel half |
+//! | [`mesh`] | manifests → an immutable [`mesh::Mesh`] snapshot |
+//! | [`identity`] | SPIFFE ID → current certificate, key and trust bundle |
+//! | [`policy`] | (peer, workload, port) → [`policy::Authorized`] or a reason; pure |
+//! | [`tunnel`] | captured stream + destination ↔ authenticated tunnel |
+//! | [`relay`] | two streams → a report |
+//! | [`ca`] | certificate signing requests → certificates |
+//! | [`observe`] | counters, access log, admin API |
+
+pub mod addr;
+pub mod capture;
+pub mod identity;
+pub mod mesh;
+pub mod observe;
+pub mod policy;
+pub mod tunnel;

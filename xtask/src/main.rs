@@ -1,0 +1,2 @@
+//! Development commands: setup, build, demo, test.
+fn main() {}
