@@ -9,7 +9,7 @@ use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 
 mod spiffe;
 
-pub use spiffe::{SpiffeId, TrustDomain};
+pub use spiffe::{InvalidSpiffeId, SpiffeId, TrustDomain};
 
 /// One identity's certificate chain (leaf first, intermediates after) and key, as the authority issued it.
 #[derive(Debug)]
