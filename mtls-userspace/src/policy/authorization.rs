@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::index::{CompiledRule, Connection, RuleSet};
-use super::schema::{Action, AuthorizationPolicy, Clause, Field, Rule, Term, Values, is_dry_run};
+use super::name_of;
 use super::pattern::Pattern;
+use super::schema::{Action, AuthorizationPolicy, Clause, Field, Rule, Term, Values, is_dry_run};
 use super::selector::{BySelector, Selectable, Selector};
 use super::warning::{Problem, Warning};
-use super::name_of;
 use crate::mesh::Workload;
 
 /// Every policy, compiled once per scope. A workload's policies are those of the mesh, of its namespace and of the

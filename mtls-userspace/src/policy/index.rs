@@ -121,8 +121,7 @@ impl Index {
                 .clauses
                 .iter()
                 .filter_map(|Clause(terms)| {
-                    let fields: Vec<_> =
-                        terms.iter().map(|t| rarest(t, &uses)).collect::<Option<_>>()?;
+                    let fields: Vec<_> = terms.iter().map(|t| rarest(t, &uses)).collect::<Option<_>>()?;
                     Some((fields.iter().map(|(cost, _)| cost).sum::<usize>(), fields))
                 })
                 .min_by_key(|(cost, _)| *cost);
@@ -241,11 +240,7 @@ impl Affixes {
         self.rules.entry(text.as_bytes().into()).or_default()
     }
 
-    fn candidates<'v>(
-        &self,
-        cut: impl Fn(usize) -> Option<&'v [u8]>,
-        look_at: &mut impl FnMut(&[u32]),
-    ) {
+    fn candidates<'v>(&self, cut: impl Fn(usize) -> Option<&'v [u8]>, look_at: &mut impl FnMut(&[u32])) {
         let found = self.lengths.iter().filter_map(|length| self.rules.get(cut(*length)?));
         found.for_each(|rules| look_at(rules));
     }

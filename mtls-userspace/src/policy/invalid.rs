@@ -8,7 +8,9 @@ pub enum Invalid {
     EmptyValue,
     #[error("`*` stands only first or last in a value, or alone; {text:?} could never match")]
     Wildcard { text: String },
-    #[error("principals are written without `spiffe://`, as in cluster.local/ns/shop/sa/web; this is {text:?}")]
+    #[error(
+        "principals are written without `spiffe://`, as in cluster.local/ns/shop/sa/web; this is {text:?}"
+    )]
     PrincipalScheme { text: String },
     #[error(
         "{text:?} is no service account; write `account` (in the policy's namespace), `namespace/account`, \

@@ -175,8 +175,7 @@ impl Policies {
             levels
         });
         peer_authentication::check_selection(all(), &selectable, root_namespace, &mut warnings);
-        let authorization =
-            Scopes::new(authorization_policies, &selectable, root_namespace, &mut warnings);
+        let authorization = Scopes::new(authorization_policies, &selectable, root_namespace, &mut warnings);
         Self { enforced, dry_run, authorization, warnings }
     }
 

@@ -365,7 +365,11 @@ impl Term {
 
     /// An empty source would match everybody; nobody writes that and means it.
     fn not_empty(self, field: &'static str) -> Result<Self, Invalid> {
-        if self.fields.is_empty() && self.l7.is_empty() { Err(Invalid::EmptyTerm { field }) } else { Ok(self) }
+        if self.fields.is_empty() && self.l7.is_empty() {
+            Err(Invalid::EmptyTerm { field })
+        } else {
+            Ok(self)
+        }
     }
 }
 

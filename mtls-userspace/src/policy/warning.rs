@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 /// A remark on one policy that is in force nonetheless.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Warning {
     /// `PeerAuthentication` or `AuthorizationPolicy`.
     pub kind: &'static str,
@@ -13,7 +13,7 @@ pub struct Warning {
     pub problem: Problem,
 }
 
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug, thiserror::Error)]
 pub enum Problem {
     #[error(
         "has a selector in the root namespace and is ignored; move it to the namespace of the pods it means, or \
@@ -29,7 +29,9 @@ pub enum Problem {
          not the Service's"
     )]
     UndeclaredPort { port: u16 },
-    #[error("rule {rule} never allows anything: {fields} can only be judged at L7, and this mesh works at L4")]
+    #[error(
+        "rule {rule} never allows anything: {fields} can only be judged at L7, and this mesh works at L4"
+    )]
     AllowRuleNeedsL7 { rule: usize, fields: String },
     #[error(
         "rule {rule} denies more than it says: {fields} can only be judged at L7, so the rule is enforced without \
