@@ -22,6 +22,7 @@
 pub mod addr;
 pub mod ca;
 pub mod capture;
+pub mod cli;
 pub mod identity;
 pub mod mesh;
 pub mod observe;
