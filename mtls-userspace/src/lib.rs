@@ -21,6 +21,7 @@
 
 pub mod addr;
 pub mod capture;
+pub mod cli;
 pub mod identity;
 pub mod mesh;
 pub mod observe;
