@@ -20,6 +20,7 @@
 //! | [`observe`] | counters, access log, admin API |
 
 pub mod addr;
+pub mod ca;
 pub mod capture;
 pub mod cli;
 pub mod identity;
