@@ -20,7 +20,9 @@
 //! | [`observe`] | counters, access log, admin API |
 
 pub mod addr;
+pub mod ca;
 pub mod capture;
+pub mod cli;
 pub mod identity;
 pub mod mesh;
 pub mod observe;

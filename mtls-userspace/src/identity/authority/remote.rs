@@ -1,0 +1,221 @@
+//! An authority across the network: `istio.v1.auth.IstioCertificateService/CreateCertificate`, as `mtls ca` and
+//! istiod serve it.
+//!
+//! Root and token files are read again for every attempt, so that a rotation of either needs no restart. A private
+//! key never passes here.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use prost_types::{Struct, Value, value::Kind};
+use rustls_pki_types::{CertificateDer, ServerName};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::transport::{Channel, Endpoint};
+use zeroize::Zeroizing;
+
+use super::wire::{
+    IMPERSONATED_IDENTITY, IstioCertificateRequest, IstioCertificateResponse,
+    istio_certificate_service_client::IstioCertificateServiceClient,
+};
+use super::{Authority, Issued};
+use crate::identity::{Certificate, Csr, Error, InvalidCertificate, SpiffeId, pem_certificates};
+
+/// Istio's port for this service, when the address names none.
+const DEFAULT_PORT: u16 = 15012;
+/// Between looks at the root file.
+const GLANCE: Duration = Duration::from_secs(1);
+
+pub struct RemoteAuthority {
+    /// As the operator wrote it, for errors.
+    address: String,
+    host: String,
+    port: u16,
+    server_name: ServerName<'static>,
+    root_file: PathBuf,
+    token_file: PathBuf,
+    /// The root file as last seen, by which a change is noticed.
+    seen: Mutex<Option<Vec<CertificateDer<'static>>>>,
+}
+
+impl RemoteAuthority {
+    /// `address` is `https://HOST[:PORT]`; the authority proves itself as HOST with a root in `root_file` (PEM), and
+    /// we to it with the bearer token in `token_file`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Address`]. The files are not looked at yet: they may be mounted, or written by the CA, later.
+    pub fn new(address: &str, root_file: PathBuf, token_file: PathBuf) -> Result<Self, Error> {
+        let invalid = || Error::Address { address: address.into() };
+        let uri: http::Uri = address.parse().map_err(|_| invalid())?;
+        if uri.scheme_str() != Some("https") || !matches!(uri.path(), "" | "/") || uri.query().is_some() {
+            return Err(invalid());
+        }
+        let authority = uri.authority().ok_or_else(invalid)?;
+        if authority.as_str().contains('@') {
+            return Err(invalid());
+        }
+        let host = authority.host().trim_start_matches('[').trim_end_matches(']').to_owned();
+        let server_name = ServerName::try_from(host.clone()).map_err(|_| invalid())?;
+        Ok(Self {
+            address: address.into(),
+            port: authority.port_u16().unwrap_or(DEFAULT_PORT),
+            host,
+            server_name,
+            root_file,
+            token_file,
+            seen: Mutex::default(),
+        })
+    }
+
+    async fn connect(&self, roots: &[CertificateDer<'static>]) -> Result<Channel, Error> {
+        let address = || self.address.clone();
+        let tls = client_config(roots).map_err(|error| Error::RootFile {
+            path: self.root_file.clone(),
+            source: InvalidCertificate::Der { reason: error.to_string() },
+        })?;
+        let tcp = TcpStream::connect((self.host.as_str(), self.port))
+            .await
+            .map_err(|source| Error::Unreachable { address: address(), source })?;
+        let stream = TlsConnector::from(Arc::new(tls)).connect(self.server_name.clone(), tcp).await.map_err(
+            |source| Error::Handshake { address: address(), root: self.root_file.clone(), source },
+        )?;
+        self.channel(stream).await.map_err(|source| Error::Transport { address: address(), source })
+    }
+
+    /// HTTP/2 on a connection that is there already, so that its errors were ours to name.
+    async fn channel(&self, stream: TlsStream<TcpStream>) -> Result<Channel, tonic::transport::Error> {
+        let authority = match &self.server_name {
+            ServerName::IpAddress(rustls_pki_types::IpAddr::V6(_)) => {
+                format!("[{}]:{}", self.host, self.port)
+            }
+            _ => format!("{}:{}", self.host, self.port),
+        };
+        // tonic refuses "https" where it doesn't make the TLS itself; the request's own origin still says it.
+        let endpoint = Endpoint::from_shared(format!("http://{authority}"))?;
+        let endpoint = match format!("https://{authority}").parse() {
+            Ok(origin) => endpoint.origin(origin),
+            Err(_) => endpoint,
+        };
+        let mut stream = Some(TokioIo::new(stream));
+        endpoint
+            .connect_with_connector(tower::service_fn(move |_| {
+                let stream = stream.take().ok_or_else(|| io::Error::from(io::ErrorKind::ConnectionReset));
+                std::future::ready(stream)
+            }))
+            .await
+    }
+
+    async fn roots(&self) -> Result<Vec<CertificateDer<'static>>, Error> {
+        let pem = read("the certificate authority's root file", &self.root_file).await?;
+        pem_certificates(&pem).map_err(|source| Error::RootFile { path: self.root_file.clone(), source })
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Option<Vec<CertificateDer<'static>>>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn bearer(&self) -> Result<MetadataValue<Ascii>, Error> {
+        let unusable = || Error::Token { path: self.token_file.clone() };
+        let content = read("the token file", &self.token_file).await?;
+        let token = std::str::from_utf8(&content).map_err(|_| unusable())?.trim();
+        if token.is_empty() {
+            return Err(unusable());
+        }
+        let mut bearer: MetadataValue<Ascii> =
+            Zeroizing::new(format!("Bearer {token}")).parse().map_err(|_| unusable())?;
+        bearer.set_sensitive(true);
+        Ok(bearer)
+    }
+}
+
+#[tonic::async_trait]
+impl Authority for RemoteAuthority {
+    async fn sign(&self, id: &SpiffeId, csr: Csr, lifetime: Duration) -> Result<Issued, Error> {
+        let roots = self.roots().await?;
+        // What the first certificate came with is what a change is a change of.
+        self.seen().get_or_insert_with(|| roots.clone());
+        let bearer = self.bearer().await?;
+        let mut client = IstioCertificateServiceClient::new(self.connect(&roots).await?);
+
+        let impersonated = Value { kind: Some(Kind::StringValue(id.uri().into())) };
+        let mut request = tonic::Request::new(IstioCertificateRequest {
+            csr: csr.pem().into(),
+            // Up, because zero would leave the choice to the authority.
+            validity_duration: i64::try_from(lifetime.as_millis().div_ceil(1000)).unwrap_or(i64::MAX),
+            metadata: Some(Struct { fields: [(IMPERSONATED_IDENTITY.into(), impersonated)].into() }),
+        });
+        request.metadata_mut().insert("authorization", bearer);
+        let answer = client.create_certificate(request).await.map_err(|status| Error::Refused {
+            address: self.address.clone(),
+            id: id.clone(),
+            code: status.code(),
+            message: status.message().into(),
+        })?;
+        take_apart(answer.get_ref(), roots).map_err(|source| Error::Answer { id: id.clone(), source })
+    }
+
+    async fn roots_changed(&self) {
+        loop {
+            // A file that is missing or half written is no news; its next good content is.
+            if let Ok(roots) = self.roots().await {
+                let mut seen = self.seen();
+                let before = seen.replace(roots);
+                if before.is_some() && before != *seen {
+                    return;
+                }
+            }
+            tokio::time::sleep(GLANCE).await;
+        }
+    }
+}
+
+/// Istio's order is leaf, intermediates, roots. Self-issued certificates are the roots; `trusted` joins them.
+fn take_apart(
+    answer: &IstioCertificateResponse,
+    trusted: Vec<CertificateDer<'static>>,
+) -> Result<Issued, InvalidCertificate> {
+    let mut issued = Issued { chain: Vec::new(), roots: Vec::new() };
+    let mut received = Vec::new();
+    for pem in &answer.cert_chain {
+        received.extend(pem_certificates(pem.as_bytes())?);
+    }
+    for certificate in received {
+        let root = Certificate::parse(&certificate)?.self_issued;
+        let list = if root { &mut issued.roots } else { &mut issued.chain };
+        if !list.contains(&certificate) {
+            list.push(certificate);
+        }
+    }
+    for root in trusted {
+        if !issued.roots.contains(&root) {
+            issued.roots.push(root);
+        }
+    }
+    Ok(issued)
+}
+
+fn client_config(roots: &[CertificateDer<'static>]) -> Result<rustls::ClientConfig, rustls::Error> {
+    let mut store = rustls::RootCertStore::empty();
+    for root in roots {
+        store.add(root.clone())?;
+    }
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_root_certificates(store)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(config)
+}
+
+/// The content is overwritten when dropped: it may be a token.
+async fn read(what: &'static str, path: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {
+    let content = tokio::fs::read(path).await;
+    content.map(Zeroizing::new).map_err(|source| Error::File { what, path: path.into(), source })
+}
