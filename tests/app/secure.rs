@@ -16,8 +16,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
-    ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName, Error, ServerConfig, ServerConnection,
-    SignatureScheme, Stream,
+    ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName, Error, ServerConfig,
+    ServerConnection, SignatureScheme, Stream,
 };
 use serde_json::{Value, json};
 
@@ -104,7 +104,8 @@ impl TlsDial {
         answer["tls"] = format!("{:?}", tls.protocol_version()).into();
         let mut said = Ok(());
         for bytes in self.pieces()? {
-            said = said.and_then(|()| tls.writer().write_all(&bytes)).and_then(|()| flush(&mut tls, &mut tcp));
+            said =
+                said.and_then(|()| tls.writer().write_all(&bytes)).and_then(|()| flush(&mut tls, &mut tcp));
         }
         self.end(&mut answer, said, tcp.try_clone()?, &mut Stream::new(&mut tls, &mut tcp));
         Ok(())
@@ -143,7 +144,8 @@ impl TlsServe {
             .with_single_cert(chain, key)?;
         config.alpn_protocols = vec![self.alpn.clone().into_bytes()];
         let config = Arc::new(config);
-        let listener = TcpListener::bind(self.listen).with_context(|| format!("listen on {}", self.listen))?;
+        let listener =
+            TcpListener::bind(self.listen).with_context(|| format!("listen on {}", self.listen))?;
         report(&json!({ "listening": listener.local_addr()? }));
         loop {
             let (mut tcp, peer) = listener.accept()?;
@@ -153,7 +155,8 @@ impl TlsServe {
             let mut answer = json!({ "accepted": peer, "handshake": handshake.is_ok() });
             match handshake {
                 Ok(()) => {
-                    answer["client"] = tls.peer_certificates().and_then(|chain| spiffe_id(chain.first()?)).into();
+                    answer["client"] =
+                        tls.peer_certificates().and_then(|chain| spiffe_id(chain.first()?)).into();
                     let (received, end) = read_all(&mut Stream::new(&mut tls, &mut tcp));
                     answer["received"] = received.into();
                     answer["ended"] = end;
@@ -212,7 +215,8 @@ fn spiffe_id(certificate: &CertificateDer<'_>) -> Option<String> {
 }
 
 fn unhex(text: &str) -> Result<Vec<u8>> {
-    let digits: Vec<u32> = text.chars().map(|c| c.to_digit(16)).collect::<Option<_>>().context("not hexadecimal")?;
+    let digits: Vec<u32> =
+        text.chars().map(|c| c.to_digit(16)).collect::<Option<_>>().context("not hexadecimal")?;
     Ok(digits.chunks(2).map(|pair| pair.iter().fold(0, |byte, digit| byte << 4 | *digit as u8)).collect())
 }
 
@@ -247,7 +251,12 @@ impl ServerCertVerifier for Anyone {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        rustls::crypto::verify_tls13_signature(message, certificate, signed, &self.0.signature_verification_algorithms)
+        rustls::crypto::verify_tls13_signature(
+            message,
+            certificate,
+            signed,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -288,7 +297,12 @@ impl ClientCertVerifier for Anyone {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        rustls::crypto::verify_tls13_signature(message, certificate, signed, &self.0.signature_verification_algorithms)
+        rustls::crypto::verify_tls13_signature(
+            message,
+            certificate,
+            signed,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

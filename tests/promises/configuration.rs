@@ -20,7 +20,9 @@ fn a_broken_manifest_is_named_and_changes_nothing() -> Result<()> {
         let answer = intruder.app(&["dial", "echo", &to]).ok()?;
         (answer["ended"] == "refused").then_some(())
     });
-    let valid = |scene: &mut Scene| Ok::<_, anyhow::Error>(scene.mesh.agent("node-b").metrics()?.sum("mtls_config_valid", &[]));
+    let valid = |scene: &mut Scene| {
+        Ok::<_, anyhow::Error>(scene.mesh.agent("node-b").metrics()?.sum("mtls_config_valid", &[]))
+    };
     assert_eq!(valid(&mut scene)?, 1.0);
     for (file, text, named) in [
         ("broken.yaml", "apiVersion: v1\nkind: Pod\nmetadata: [\n", "broken.yaml"),
@@ -100,7 +102,9 @@ fn a_kernel_that_refuses_is_named_with_the_remedy() -> Result<()> {
     let product = scene.mesh.agent("node-a").command()?;
     let node = scene.lab.node("node-a")?;
     let mut command = node.command_in("agent", "setpriv");
-    command.args(["--bounding-set", "-bpf,-sys_admin", "--inh-caps", "-bpf,-sys_admin"]).arg(product.get_program());
+    command
+        .args(["--bounding-set", "-bpf,-sys_admin", "--inh-caps", "-bpf,-sys_admin"])
+        .arg(product.get_program());
     command.args(&args);
     let finished = Running::start(command)?.finish_within(Duration::from_secs(20))?;
     assert!(!finished.status.success(), "it claims to run without CAP_BPF");

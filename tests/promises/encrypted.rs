@@ -12,7 +12,15 @@ fn no_plaintext_on_the_wire() -> Result<()> {
     let _echo = scene.server.serve(&["echo", "--listen", "[::]:7000"])?;
     let wire = scene.lab.watch_wire()?;
     for to in [scene.server.addr(7000), scene.server.addr6(7000)] {
-        assert_echoed(&scene.far.app(&["dial", "echo", &to.to_string(), "--message", MARKER, "--times", "20"])?);
+        assert_echoed(&scene.far.app(&[
+            "dial",
+            "echo",
+            &to.to_string(),
+            "--message",
+            MARKER,
+            "--times",
+            "20",
+        ])?);
     }
     let encrypted = wire.finish()?.encrypted(&scene.far, &scene.server)?;
     assert!(encrypted.bytes > 2 * 2 * 20 * MARKER.len() as u64, "{encrypted:?}");
@@ -37,7 +45,13 @@ fn bytes_of_one_node_stay_off_its_bridge() -> Result<()> {
     let to = scene.server.addr(7000).to_string();
     assert_echoed(&scene.near.app(&["dial", "echo", &to, "--message", MARKER])?);
     // The capture would see it: this one goes to a pod that isn't enrolled.
-    assert_echoed(&scene.near.app(&["dial", "echo", &outsider.addr(7000).to_string(), "--message", MARKER])?);
+    assert_echoed(&scene.near.app(&[
+        "dial",
+        "echo",
+        &outsider.addr(7000).to_string(),
+        "--message",
+        MARKER,
+    ])?);
     let seen = bridge.finish()?;
     assert_eq!(seen.between(&scene.near, &scene.server).count(), 0, "{seen:?}");
     assert_eq!(seen.between(&scene.near, &outsider).map(|flow| flow.markers).sum::<u64>(), 2);
@@ -73,7 +87,10 @@ fn traffic_of_and_to_others_is_left_alone() -> Result<()> {
         assert_echoed(&answer);
         let seen = wire.finish()?;
         assert_eq!(seen.between(client, &outsider).map(|flow| flow.markers).sum::<u64>(), 2, "{seen:?}");
-        assert_eq!(address(&plain.all_json_with("accepted")[before]["accepted"])?, address(&answer["local"])?);
+        assert_eq!(
+            address(&plain.all_json_with("accepted")[before]["accepted"])?,
+            address(&answer["local"])?
+        );
         assert_eq!(address(&answer["peer"])?, to);
     }
     // Its own node's address is outside the mesh: the kernel's ordinary path, which the agent never sees.

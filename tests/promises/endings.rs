@@ -14,10 +14,12 @@ fn either_end_may_stop_sending_first() -> Result<()> {
     let _sum = scene.server.serve(&["sum", "--listen", "[::]:7000"])?;
     let last = scene.server.serve(&["close-first", "--listen", "[::]:7001"])?;
     for client in scene.clients() {
-        let answer = client.app(&["dial", "upload", &scene.server.addr(7000).to_string(), "--bytes", "3000001"])?;
+        let answer =
+            client.app(&["dial", "upload", &scene.server.addr(7000).to_string(), "--bytes", "3000001"])?;
         assert!(answer["match"] == true && answer["ended"] == "eof", "{answer}");
         let before = last.all_json_with("ended").len();
-        let answer = client.app(&["dial", "send-last", &scene.server.addr(7001).to_string(), "--bytes", "3000001"])?;
+        let answer =
+            client.app(&["dial", "send-last", &scene.server.addr(7001).to_string(), "--bytes", "3000001"])?;
         assert!(answer["before"] == 8 && answer["sent"] == 3_000_001 && answer["ended"] == "eof", "{answer}");
         let ended = eventually(Duration::from_secs(5), || last.all_json_with("ended").get(before).cloned());
         let ended = ended.expect("the server never saw the end");
@@ -40,7 +42,10 @@ fn a_reset_by_the_server_is_a_reset_at_the_client() -> Result<()> {
         assert_eq!(answer["ended"], "reset", "from {}: {answer}", client.name());
     }
     drop(source);
-    let line = scene.mesh.agent("node-a").access_log_line("reset", |line| line["ending"] == "reset_by_destination")?;
+    let line = scene
+        .mesh
+        .agent("node-a")
+        .access_log_line("reset", |line| line["ending"] == "reset_by_destination")?;
     assert_eq!(line["direction"], "outbound", "{line}");
     Ok(())
 }
@@ -58,7 +63,8 @@ fn a_reset_by_the_client_is_a_reset_at_the_server() -> Result<()> {
         assert_eq!(ended["ended"], "reset", "from {}: {ended}", client.name());
         // And a clean end is still a clean end.
         assert_echoed(&client.app(&["dial", "echo", &scene.server.addr(7000).to_string()])?);
-        let ended = eventually(Duration::from_secs(5), || echo.all_json_with("ended").get(before + 1).cloned());
+        let ended =
+            eventually(Duration::from_secs(5), || echo.all_json_with("ended").get(before + 1).cloned());
         assert_eq!(ended.expect("no end")["ended"], "eof", "from {}", client.name());
     }
     Ok(())

@@ -107,7 +107,8 @@ fn streams_through_a_killed_agent_end_as_failures() -> Result<()> {
         let answer = stream.json_with("ended")?;
         assert_eq!(answer["ended"], "reset", "{answer}");
     }
-    let ended = eventually(Duration::from_secs(5), || Some(echo.all_json_with("ended")).filter(|all| all.len() == 2));
+    let ended =
+        eventually(Duration::from_secs(5), || Some(echo.all_json_with("ended")).filter(|all| all.len() == 2));
     for ended in ended.expect("the server keeps connections of a dead agent") {
         assert_eq!(ended["ended"], "reset", "{ended}");
     }

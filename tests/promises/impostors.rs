@@ -19,7 +19,10 @@ fn callers_without_a_right_certificate_are_refused() -> Result<()> {
     let right = authority.sign(&dir, "right", "spiffe://cluster.local/ns/shop/sa/far")?;
     let attempts = [
         ("no_certificate", None),
-        ("unknown_ca", Some(Forger::unknown()?.sign(&dir, "self-made", "spiffe://cluster.local/ns/shop/sa/far")?)),
+        (
+            "unknown_ca",
+            Some(Forger::unknown()?.sign(&dir, "self-made", "spiffe://cluster.local/ns/shop/sa/far")?),
+        ),
         ("expired", Some(authority.sign_expired(&dir, "expired", "spiffe://cluster.local/ns/shop/sa/far")?)),
         ("wrong_identity", Some(authority.sign(&dir, "foreign", "spiffe://evil.local/ns/shop/sa/far")?)),
         ("wrong_identity", Some(authority.sign(&dir, "nobody", "spiffe://cluster.local/nonsense")?)),
@@ -32,7 +35,11 @@ fn callers_without_a_right_certificate_are_refused() -> Result<()> {
     let served = echo.all_json_with("accepted").len();
     for (reason, credentials) in attempts {
         let failures = |scene: &mut Scene| -> Result<f64> {
-            Ok(scene.mesh.agent("node-b").metrics()?.sum("mtls_handshake_failures_total", &[("reason", reason)]))
+            Ok(scene
+                .mesh
+                .agent("node-b")
+                .metrics()?
+                .sum("mtls_handshake_failures_total", &[("reason", reason)]))
         };
         let before = failures(&mut scene)?;
         let answer = call(&intruder, &scene.server, credentials.as_ref(), intruder.ip())?;
@@ -89,7 +96,8 @@ fn servers_without_the_destinations_certificate_get_nothing() -> Result<()> {
         let impostor = impersonate(&victim, &credentials)?;
         let answer = client.app(&["dial", "echo", &victim.addr(7000).to_string(), "--message", MARKER])?;
         crate::assert_refused(&answer);
-        let heard: u64 = impostor.all_json_with("handshake").iter().filter_map(|line| line["received"].as_u64()).sum();
+        let heard: u64 =
+            impostor.all_json_with("handshake").iter().filter_map(|line| line["received"].as_u64()).sum();
         assert_eq!(heard, 0, "{:?}", impostor.all_json_with("handshake"));
     }
     // With the right one it does get the connection, so it was the certificate that mattered.
@@ -144,7 +152,13 @@ fn nonsense_on_the_tunnel_port_is_survived() -> Result<()> {
         assert_ne!(answer["ended"], "timeout", "{args:?}: {answer}");
     }
     // Somebody who only opens connections and says nothing.
-    let mut silent = intruder.start_app(&["dial", "hold", &format!("{}:15008", scene.server.ip()), "--limit-ms", "300"])?;
+    let mut silent = intruder.start_app(&[
+        "dial",
+        "hold",
+        &format!("{}:15008", scene.server.ip()),
+        "--limit-ms",
+        "300",
+    ])?;
     let _ = silent.line_within("anything", std::time::Duration::from_millis(500), |_| Some(()));
     let _ = silent.alive();
     let mut agent = scene.mesh.agent("node-b");
@@ -165,7 +179,12 @@ fn nonsense_on_the_tunnel_port_is_survived() -> Result<()> {
 /// A proper call, as an agent makes it: OPEN, some data, and a wait for what comes back.
 fn call(from: &Pod, to: &Pod, credentials: Option<&Credentials>, source: IpAddr) -> Result<Value> {
     let open = open_frame(to.addr(7000), SocketAddr::new(source, 40000));
-    dial(from, to, credentials, &["--hex", &open, "--hex", "0268656c6c6f", "--hex", "03", "--limit-ms", "2000"])
+    dial(
+        from,
+        to,
+        credentials,
+        &["--hex", &open, "--hex", "0268656c6c6f", "--hex", "03", "--limit-ms", "2000"],
+    )
 }
 
 fn dial(from: &Pod, to: &Pod, credentials: Option<&Credentials>, more: &[&str]) -> Result<Value> {
@@ -180,7 +199,8 @@ fn dial(from: &Pod, to: &Pod, credentials: Option<&Credentials>, more: &[&str]) 
 
 fn impersonate(pod: &Pod, credentials: &Credentials) -> Result<mtls_tests::Running> {
     let (chain, key) = (credentials.chain.to_string_lossy(), credentials.key.to_string_lossy());
-    let server = pod.start_app(&["tls-serve", "--listen", "0.0.0.0:15008", "--chain", &chain, "--key", &key])?;
+    let server =
+        pod.start_app(&["tls-serve", "--listen", "0.0.0.0:15008", "--chain", &chain, "--key", &key])?;
     server.json_with("listening")?;
     Ok(server)
 }

@@ -41,7 +41,8 @@ fn ten_gigabytes_arrive_unchanged_over_one_connection() -> Result<()> {
     assert_eq!(session.client_seen, scene.far.ip());
     println!("{session:?}");
     let line = scene.mesh.agent("node-b").access_log_line("transfer", |line| line["path"] == "tunnel")?;
-    let bytes = [&line["bytes_sent"], &line["bytes_received"]].map(|count| count.as_u64().unwrap_or_default());
+    let bytes =
+        [&line["bytes_sent"], &line["bytes_received"]].map(|count| count.as_u64().unwrap_or_default());
     assert_eq!(bytes.iter().max(), Some(&10_000_000_000), "{line}");
     let resident = resident(&mut scene, "node-b")?;
     assert!(resident < 200 << 20, "{resident} bytes");

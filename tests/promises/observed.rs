@@ -65,7 +65,11 @@ fn each_connection_leaves_one_line() -> Result<()> {
         assert_eq!(lines.len(), 5, "{lines:?}");
         for line in lines {
             assert_eq!((&line["bytes_sent"], &line["bytes_received"]), (&5.into(), &5.into()), "{line}");
-            assert_eq!((&line["ending"], &line["destination_address"]), (&"clean".into(), &to.clone().into()), "{line}");
+            assert_eq!(
+                (&line["ending"], &line["destination_address"]),
+                (&"clean".into(), &to.clone().into()),
+                "{line}"
+            );
         }
     }
     Ok(())
@@ -79,7 +83,9 @@ fn status_shows_agent_pods_certificates_and_connections() -> Result<()> {
     let stream = scene.far.start_app(&["dial", "wait", &scene.server.addr(7000).to_string()])?;
     stream.json_with("established")?;
     let text = scene.mesh.agent("node-b").status(&[])?;
-    for expected in ["node-b", "shop/server", "shop/near", "spiffe://cluster.local/ns/shop/sa/server", "10.30.1.10"] {
+    for expected in
+        ["node-b", "shop/server", "shop/near", "spiffe://cluster.local/ns/shop/sa/server", "10.30.1.10"]
+    {
         assert!(text.contains(expected), "no {expected} in\n{text}");
     }
     let json: Value = serde_json::from_str(&scene.mesh.agent("node-b").status(&["--output", "json"])?)?;

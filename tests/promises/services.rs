@@ -19,7 +19,8 @@ fn a_cluster_ip_leads_to_all_its_endpoints() -> Result<()> {
     let by_number = lab.service("by-number", &[&near, &far], 80, &json!(7000))?;
     let by_name = lab.service("by-name", &[&far], 81, &json!("web"))?;
     let mut mesh = Mesh::start(&lab)?;
-    let servers = [near.serve(&["echo", "--listen", "[::]:7000"])?, far.serve(&["echo", "--listen", "[::]:7000"])?];
+    let servers =
+        [near.serve(&["echo", "--listen", "[::]:7000"])?, far.serve(&["echo", "--listen", "[::]:7000"])?];
     let wire = lab.watch_wire()?;
     for _ in 0..24 {
         let answer = client.app(&["dial", "echo", &by_number.to_string(), "--message", MARKER])?;
@@ -77,7 +78,13 @@ fn headless_services_and_pod_addresses_need_nothing() -> Result<()> {
     scene.lab.headless_service("direct", &[&scene.server], 7000, &json!(7000))?;
     let _echo = scene.server.serve(&["echo", "--listen", "[::]:7000"])?;
     let wire = scene.lab.watch_wire()?;
-    assert_echoed(&scene.far.app(&["dial", "echo", &scene.server.addr(7000).to_string(), "--message", MARKER])?);
+    assert_echoed(&scene.far.app(&[
+        "dial",
+        "echo",
+        &scene.server.addr(7000).to_string(),
+        "--message",
+        MARKER,
+    ])?);
     wire.finish()?.encrypted(&scene.far, &scene.server)?;
     Ok(())
 }

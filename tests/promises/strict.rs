@@ -11,7 +11,8 @@ use crate::{Scene, assert_echoed, assert_refused, needs};
 fn strict_refuses_a_stranger_at_once_and_permissive_serves_and_counts_him() -> Result<()> {
     needs!();
     let mut scene = Scene::new()?;
-    let intruders = [scene.lab.outsider("node-a", "far-intruder")?, scene.lab.outsider("node-b", "near-intruder")?];
+    let intruders =
+        [scene.lab.outsider("node-a", "far-intruder")?, scene.lab.outsider("node-b", "near-intruder")?];
     let echo = scene.server.serve(&["echo", "--listen", "[::]:7000"])?;
     let addresses = [scene.server.addr(7000).to_string(), scene.server.addr6(7000).to_string()];
     for intruder in &intruders {
@@ -21,7 +22,8 @@ fn strict_refuses_a_stranger_at_once_and_permissive_serves_and_counts_him() -> R
     }
     let counted = eventually(Duration::from_secs(5), || {
         let metrics = scene.mesh.agent("node-b").metrics().ok()?;
-        let labels = [("destination_workload", "server"), ("destination_port", "7000"), ("outcome", "accepted")];
+        let labels =
+            [("destination_workload", "server"), ("destination_port", "7000"), ("outcome", "accepted")];
         (metrics.sum("mtls_plaintext_connections_total", &labels) == 4.0).then_some(())
     });
     assert!(counted.is_some(), "{:?}", scene.mesh.agent("node-b").get("/metrics"));
