@@ -5,6 +5,7 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::ops::DerefMut;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,8 +17,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
-    ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName, Error, ServerConfig,
-    ServerConnection, SignatureScheme, Stream,
+    ClientConfig, ClientConnection, ConnectionCommon, DigitallySignedStruct, DistinguishedName, Error,
+    ServerConfig, ServerConnection, SignatureScheme, Stream,
 };
 use serde_json::{Value, json};
 
@@ -169,7 +170,7 @@ impl TlsServe {
 }
 
 fn handshake<S: rustls::SideData>(
-    tls: &mut (impl std::ops::DerefMut + std::ops::Deref<Target = rustls::ConnectionCommon<S>>),
+    tls: &mut impl DerefMut<Target = ConnectionCommon<S>>,
     tcp: &mut TcpStream,
 ) -> io::Result<()> {
     while tls.is_handshaking() {
@@ -179,7 +180,7 @@ fn handshake<S: rustls::SideData>(
 }
 
 fn flush<S: rustls::SideData>(
-    tls: &mut (impl std::ops::DerefMut + std::ops::Deref<Target = rustls::ConnectionCommon<S>>),
+    tls: &mut impl DerefMut<Target = ConnectionCommon<S>>,
     tcp: &mut TcpStream,
 ) -> io::Result<()> {
     while tls.wants_write() {

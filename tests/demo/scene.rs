@@ -38,11 +38,14 @@ pub struct Scene {
     pub lab: Lab,
 }
 
+/// What a client does with an application.
+pub type Visit = Box<dyn Fn(&Pod) -> Result<Session>>;
+
 /// A server that runs, and what a client does with it.
 pub struct Application {
     pub name: &'static str,
     pub server: Arc<Pod>,
-    pub session: Box<dyn Fn(&Pod) -> Result<Session>>,
+    pub session: Visit,
 }
 
 impl Scene {

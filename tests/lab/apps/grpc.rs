@@ -3,7 +3,6 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
 
 use super::{Session, ip_in};
 use crate::{MARKER, Pod, Running};
@@ -38,7 +37,7 @@ impl Grpc {
             .get(earlier)
             .and_then(|line| line["accepted"].as_str())
             .context("no record of the call")?;
-        ensure!(answer["caller"] == Value::from(seen), "the server told {answer}, and recorded {seen}");
+        ensure!(answer["caller"] == *seen, "the server told {answer}, and recorded {seen}");
         Ok(Session { what: "gRPC, two-way stream", done: "1000 messages".into(), client_seen: ip_in(seen)? })
     }
 }
