@@ -177,7 +177,8 @@ impl Writer {
         match self.form {
             AccessLog::Json => {
                 for (position, (name, value)) in fields.iter().enumerate() {
-                    let _ = write!(lines, "{}\"{name}\":{value}", if position == 0 { '{' } else { ',' });
+                    let _ = write!(lines, "{}\"{name}\":", if position == 0 { '{' } else { ',' });
+                    push_json(value, lines);
                 }
                 lines.push_str("}\n");
             }
@@ -187,14 +188,22 @@ impl Writer {
                     match value {
                         Value::Null => lines.push('-'),
                         Value::String(text) if is_bare(text) => lines.push_str(text),
-                        // JSON's quotes and escapes.
-                        value => {
-                            let _ = write!(lines, "{value}");
-                        }
+                        value => push_json(value, lines),
                     }
                 }
                 lines.push('\n');
             }
+        }
+    }
+}
+
+/// JSON, with the control characters escaped that JSON itself leaves alone and a terminal obeys.
+fn push_json(value: &Value, lines: &mut String) {
+    for c in value.to_string().chars() {
+        if c.is_control() {
+            let _ = write!(lines, "\\u{:04x}", u32::from(c));
+        } else {
+            lines.push(c);
         }
     }
 }

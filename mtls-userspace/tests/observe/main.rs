@@ -1,0 +1,10 @@
+//! What an operator sees from outside: a scrape, a probe, a line of the access log, the admin socket, `mtls status`.
+
+mod access_log;
+mod admin;
+mod agent;
+mod exposition;
+mod flows;
+mod health_metrics;
+mod status_command;
+mod traffic_metrics;

@@ -1,0 +1,3 @@
+//! What the product promises, one module per promise; and, first, that the lab itself would notice.
+
+mod lab_itself;
