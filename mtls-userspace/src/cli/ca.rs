@@ -13,6 +13,18 @@ use crate::ca::{CertificateAuthority, JoinTokens, NodeAuthorization, Service, se
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::mesh::{Settings, Source};
 
+/// Sets up the process around [`Ca::run`].
+pub fn main(ca: Ca) -> anyhow::Result<()> {
+    super::log_to_stderr();
+    super::forbid_core_dumps()?;
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("starting the control runtime")?
+        .block_on(ca.run())
+}
+
 /// Below this, the authority's own end is worth a warning at each start.
 const NEAR_END: Duration = Duration::from_secs(30 * 24 * 3600);
 
