@@ -79,7 +79,8 @@ mod tests {
 
     #[test]
     fn a_pod_goes_by_what_made_it() {
-        let table: &[(&str, &[(&str, &str)], &str)] = &[
+        type Row<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a str);
+        let table: &[Row<'_>] = &[
             ("web-7d9f6c5b8-x2x9z", &[("pod-template-hash", "7d9f6c5b8")], "web"),
             ("web-7d9f6c5b8-x2x9z", &[("pod-template-hash", "other")], "web-7d9f6c5b8-x2x9z"),
             ("web-7d9f6c5b8-x2x9z", &[], "web-7d9f6c5b8-x2x9z"),
