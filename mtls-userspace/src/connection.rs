@@ -331,8 +331,8 @@ async fn connect(socket: socket2::Socket, address: SocketAddr) -> io::Result<Tcp
 async fn finish(open: Connection, relay: impl AsyncFnOnce(&Connection) -> Report) -> bool {
     let report = relay(&open).await;
     let clean = matches!(report.end, End::Clean | End::Rejected(_));
-    let (direction, reason) = (open.flow().relayed_from(), open.stop_reason());
-    open.close(outcome::ending(report.end, direction, reason));
+    let ending = outcome::ending(report.end, open.flow(), open.stop_reason());
+    open.close(ending);
     clean
 }
 

@@ -5,7 +5,7 @@
 use std::io;
 use std::sync::Arc;
 
-use crate::observe::{Direction, Ending, HandshakeFailure, Refusal};
+use crate::observe::{Direction, Ending, Flow, HandshakeFailure, Path, Refusal};
 use crate::policy::{Denied, Reason};
 use crate::relay::End;
 use crate::tunnel::{self, RejectReason, Rejection};
@@ -92,16 +92,20 @@ fn rejected(rejection: &Rejection) -> Refusal {
     }
 }
 
-/// How a relayed connection ended. `direction` says whose socket the relay called the application's.
-pub fn ending(end: End, direction: Direction, revoked_by: Option<Arc<str>>) -> Ending {
-    match (end, direction) {
-        (End::Clean, _) => Ending::Clean,
-        (End::AppReset, Direction::Outbound) | (End::PeerReset, Direction::Inbound) => Ending::ResetBySource,
-        (End::AppReset, Direction::Inbound) | (End::PeerReset, Direction::Outbound) => Ending::ResetByDestination,
-        (End::Rejected(rejection), _) => Ending::Rejected(rejected(&rejection)),
-        (End::Revoked, _) => Ending::Revoked(revoked_by.unwrap_or_default()),
-        (End::Truncated, _) => Ending::Truncated,
-        (End::Tunnel(error), _) => Ending::Error(error.to_string().into()),
-        (End::Io(error), _) => Ending::Error(error.to_string().into()),
+/// How a relayed connection ended.
+pub fn ending(end: End, flow: &Flow, revoked_by: Option<Arc<str>>) -> Ending {
+    // The relay's "application" is the source, except where a tunnel is delivered.
+    let source_first = flow.direction == Direction::Outbound || flow.path != Path::Tunnel;
+    match end {
+        End::Clean => Ending::Clean,
+        End::AppReset if source_first => Ending::ResetBySource,
+        End::AppReset => Ending::ResetByDestination,
+        End::PeerReset if source_first => Ending::ResetByDestination,
+        End::PeerReset => Ending::ResetBySource,
+        End::Rejected(rejection) => Ending::Rejected(rejected(&rejection)),
+        End::Revoked => Ending::Revoked(revoked_by.unwrap_or_default()),
+        End::Truncated => Ending::Truncated,
+        End::Tunnel(error) => Ending::Error(error.to_string().into()),
+        End::Io(error) => Ending::Error(error.to_string().into()),
     }
 }
