@@ -26,4 +26,5 @@ pub mod identity;
 pub mod mesh;
 pub mod observe;
 pub mod policy;
+pub mod relay;
 pub mod tunnel;
