@@ -173,7 +173,11 @@ fn scopes_are_pooled_and_none_outranks_another() {
         ("action is ALLOW by default", allow("{}"), vec![("shop/a", WEB, OK)]),
         (
             "targetRefs means no pod",
-            policy("shop", "p", "{targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io, name: w}], action: DENY, rules: [{}]}"),
+            policy(
+                "shop",
+                "p",
+                "{targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io, name: w}], action: DENY, rules: [{}]}",
+            ),
             vec![("shop/a", WEB, "ok")],
         ),
     ]);
@@ -185,10 +189,22 @@ fn rules_combine_as_written() {
     let ports = "to: [{operation: {ports: ['80']}}, {operation: {ports: ['81']}}]";
     check(vec![
         ("ALLOW without rules denies all", policy("shop", "p", "{}"), vec![("shop/a", WEB, NONE)]),
-        ("ALLOW with empty rules denies all", policy("shop", "p", "{rules: []}"), vec![("shop/a", WEB, NONE)]),
-        ("DENY without rules does nothing", policy("shop", "p", "{action: DENY}"), vec![("shop/a", WEB, "ok")]),
+        (
+            "ALLOW with empty rules denies all",
+            policy("shop", "p", "{rules: []}"),
+            vec![("shop/a", WEB, NONE)],
+        ),
+        (
+            "DENY without rules does nothing",
+            policy("shop", "p", "{action: DENY}"),
+            vec![("shop/a", WEB, "ok")],
+        ),
         ("an empty rule matches everything", allow("{}"), vec![("shop/a", WEB, OK), (PLAINTEXT, WEB, OK)]),
-        ("an empty DENY rule matches everything", deny("{}"), vec![("shop/a", WEB, DENY), (PLAINTEXT, WEB, DENY)]),
+        (
+            "an empty DENY rule matches everything",
+            deny("{}"),
+            vec![("shop/a", WEB, DENY), (PLAINTEXT, WEB, DENY)],
+        ),
         (
             "a policy matches if any rule does",
             allow("{from: [{source: {namespaces: [a]}}]}, {from: [{source: {namespaces: [b]}}]}"),
@@ -314,10 +330,26 @@ fn every_field_and_its_not_form() {
         ),
         ("ports", operation("ports: ['80']"), vec![("a/x", WEB, OK), ("a/x", any, NONE)]),
         ("notPorts", operation("notPorts: ['80']"), vec![("a/x", WEB, NONE), ("a/x", any, OK)]),
-        ("when source.ip", when("source.ip", "values: [10.9.9.0/24]"), vec![("a/x", WEB, OK), ("a/x@1.1.1.1", WEB, NONE)]),
-        ("when source.ip, not", when("source.ip", "notValues: [10.9.9.9]"), vec![("a/x", WEB, NONE), ("a/x@1.1.1.1", WEB, OK)]),
-        ("when source.namespace", when("source.namespace", "values: [a]"), vec![("a/x", WEB, OK), ("b/x", WEB, NONE)]),
-        ("when source.namespace, not", when("source.namespace", "notValues: [a]"), vec![("a/x", WEB, NONE), ("b/x", WEB, OK)]),
+        (
+            "when source.ip",
+            when("source.ip", "values: [10.9.9.0/24]"),
+            vec![("a/x", WEB, OK), ("a/x@1.1.1.1", WEB, NONE)],
+        ),
+        (
+            "when source.ip, not",
+            when("source.ip", "notValues: [10.9.9.9]"),
+            vec![("a/x", WEB, NONE), ("a/x@1.1.1.1", WEB, OK)],
+        ),
+        (
+            "when source.namespace",
+            when("source.namespace", "values: [a]"),
+            vec![("a/x", WEB, OK), ("b/x", WEB, NONE)],
+        ),
+        (
+            "when source.namespace, not",
+            when("source.namespace", "notValues: [a]"),
+            vec![("a/x", WEB, NONE), ("b/x", WEB, OK)],
+        ),
         (
             "when source.principal",
             when("source.principal", "values: [cluster.local/ns/a/sa/x]"),
@@ -348,8 +380,16 @@ fn every_field_and_its_not_form() {
             when("destination.ip", "notValues: [10.0.0.1]"),
             vec![("a/x", WEB, NONE), ("a/x", DB, OK), ("a/x", "[fd00::1]:80", OK)],
         ),
-        ("when destination.port", when("destination.port", "values: ['80']"), vec![("a/x", WEB, OK), ("a/x", any, NONE)]),
-        ("when destination.port, not", when("destination.port", "notValues: ['80']"), vec![("a/x", WEB, NONE), ("a/x", any, OK)]),
+        (
+            "when destination.port",
+            when("destination.port", "values: ['80']"),
+            vec![("a/x", WEB, OK), ("a/x", any, NONE)],
+        ),
+        (
+            "when destination.port, not",
+            when("destination.port", "notValues: ['80']"),
+            vec![("a/x", WEB, NONE), ("a/x", any, OK)],
+        ),
         (
             "values and notValues of one condition must both hold",
             when("source.namespace", "values: ['a*'], notValues: [ab]"),
@@ -361,16 +401,32 @@ fn every_field_and_its_not_form() {
 #[test]
 fn every_form_of_text() {
     check(vec![
-        ("exact", source("namespaces: [abc]"), vec![("abc/x", WEB, OK), ("abcd/x", WEB, NONE), ("xabc/x", WEB, NONE)]),
-        ("prefix", source("namespaces: ['abc*']"), vec![("abc/x", WEB, OK), ("abcd/x", WEB, OK), ("xabc/x", WEB, NONE)]),
-        ("suffix", source("namespaces: ['*abc']"), vec![("abc/x", WEB, OK), ("abcd/x", WEB, NONE), ("xabc/x", WEB, OK)]),
+        (
+            "exact",
+            source("namespaces: [abc]"),
+            vec![("abc/x", WEB, OK), ("abcd/x", WEB, NONE), ("xabc/x", WEB, NONE)],
+        ),
+        (
+            "prefix",
+            source("namespaces: ['abc*']"),
+            vec![("abc/x", WEB, OK), ("abcd/x", WEB, OK), ("xabc/x", WEB, NONE)],
+        ),
+        (
+            "suffix",
+            source("namespaces: ['*abc']"),
+            vec![("abc/x", WEB, OK), ("abcd/x", WEB, NONE), ("xabc/x", WEB, OK)],
+        ),
         ("presence", source("namespaces: ['*']"), vec![("abc/x", WEB, OK), (PLAINTEXT, WEB, NONE)]),
         (
             "principal prefix: a namespace",
             source("principals: ['cluster.local/ns/a/*']"),
             vec![("a/x", WEB, OK), ("ab/x", WEB, NONE)],
         ),
-        ("principal suffix: an account", source("principals: ['*/sa/x']"), vec![("a/x", WEB, OK), ("a/xx", WEB, NONE)]),
+        (
+            "principal suffix: an account",
+            source("principals: ['*/sa/x']"),
+            vec![("a/x", WEB, OK), ("a/xx", WEB, NONE)],
+        ),
         ("principal presence", source("principals: ['*']"), vec![("a/x", WEB, OK), (PLAINTEXT, WEB, NONE)]),
         (
             "service account prefix: in the policy's namespace",
@@ -387,8 +443,16 @@ fn every_form_of_text() {
             source("serviceAccounts: ['*/x']"),
             vec![("a/x", WEB, OK), ("b/x", WEB, OK), ("b/xx", WEB, NONE)],
         ),
-        ("service account presence", source("serviceAccounts: ['*']"), vec![("a/x", WEB, OK), (PLAINTEXT, WEB, NONE)]),
-        ("prefix in a not form", source("notNamespaces: ['a*']"), vec![("ab/x", WEB, NONE), ("b/x", WEB, OK)]),
+        (
+            "service account presence",
+            source("serviceAccounts: ['*']"),
+            vec![("a/x", WEB, OK), (PLAINTEXT, WEB, NONE)],
+        ),
+        (
+            "prefix in a not form",
+            source("notNamespaces: ['a*']"),
+            vec![("ab/x", WEB, NONE), ("b/x", WEB, OK)],
+        ),
     ]);
 }
 
@@ -409,8 +473,16 @@ fn plaintext_has_no_identity() {
             deny("{from: [{source: {notNamespaces: [a]}}]}"),
             vec![(PLAINTEXT, WEB, DENY), ("a/x", WEB, "ok"), ("b/x", WEB, DENY)],
         ),
-        ("it has an address", source("ipBlocks: [10.9.9.9]"), vec![(PLAINTEXT, WEB, OK), ("@10.9.9.8", WEB, NONE)]),
-        ("it has a port", operation("ports: ['80']"), vec![(PLAINTEXT, WEB, OK), (PLAINTEXT, "10.0.0.1:81", NONE)]),
+        (
+            "it has an address",
+            source("ipBlocks: [10.9.9.9]"),
+            vec![(PLAINTEXT, WEB, OK), ("@10.9.9.8", WEB, NONE)],
+        ),
+        (
+            "it has a port",
+            operation("ports: ['80']"),
+            vec![(PLAINTEXT, WEB, OK), (PLAINTEXT, "10.0.0.1:81", NONE)],
+        ),
     ]);
 }
 
@@ -421,16 +493,31 @@ fn what_only_l7_can_judge() {
     };
     let web_or = |rule: &str| policy("shop", "p", &format!("{{action: DENY, rules: [{rule}]}}"));
     let mut rows: Vec<Row<'_>> = Vec::new();
-    for field in ["requestPrincipals: ['*']", "notRequestPrincipals: [a]", "remoteIpBlocks: [10.0.0.0/8]", "notRemoteIpBlocks: [10.0.0.0/8]"] {
-        rows.push(("ALLOW with an L7 source never matches", source(&format!("{field}, namespaces: [a]")), vec![("a/x", WEB, NONE)]));
+    for field in [
+        "requestPrincipals: ['*']",
+        "notRequestPrincipals: [a]",
+        "remoteIpBlocks: [10.0.0.0/8]",
+        "notRemoteIpBlocks: [10.0.0.0/8]",
+    ] {
+        rows.push((
+            "ALLOW with an L7 source never matches",
+            source(&format!("{field}, namespaces: [a]")),
+            vec![("a/x", WEB, NONE)],
+        ));
         rows.push((
             "DENY with an L7 source is enforced without it",
             deny(&format!("{{from: [{{source: {{{field}, namespaces: [a]}}}}]}}")),
             vec![("a/x", WEB, DENY), ("b/x", WEB, "ok")],
         ));
     }
-    for field in ["hosts: [h]", "notHosts: [h]", "methods: [GET]", "notMethods: [GET]", "paths: [/]", "notPaths: [/]"] {
-        rows.push(("ALLOW with an L7 operation never matches", operation(&format!("{field}, ports: ['80']")), vec![("a/x", WEB, NONE)]));
+    for field in
+        ["hosts: [h]", "notHosts: [h]", "methods: [GET]", "notMethods: [GET]", "paths: [/]", "notPaths: [/]"]
+    {
+        rows.push((
+            "ALLOW with an L7 operation never matches",
+            operation(&format!("{field}, ports: ['80']")),
+            vec![("a/x", WEB, NONE)],
+        ));
         rows.push((
             "DENY with an L7 operation is enforced without it",
             deny(&format!("{{to: [{{operation: {{{field}, ports: ['80']}}}}]}}")),
@@ -442,15 +529,25 @@ fn what_only_l7_can_judge() {
             vec![("a/x", WEB, "ok")],
         ));
     }
-    for key in ["request.headers[x]", "request.auth.claims[iss]", "remote.ip", "connection.sni", "experimental.envoy.filters.a"] {
+    for key in [
+        "request.headers[x]",
+        "request.auth.claims[iss]",
+        "remote.ip",
+        "connection.sni",
+        "experimental.envoy.filters.a",
+    ] {
         rows.push((
             "ALLOW with an L7 condition never matches",
-            allow(&format!("{{from: [{{source: {{namespaces: [a]}}}}], when: [{{key: '{key}', values: [v]}}]}}")),
+            allow(&format!(
+                "{{from: [{{source: {{namespaces: [a]}}}}], when: [{{key: '{key}', values: [v]}}]}}"
+            )),
             vec![("a/x", WEB, NONE)],
         ));
         rows.push((
             "DENY with an L7 condition is enforced without it",
-            deny(&format!("{{from: [{{source: {{namespaces: [a]}}}}], when: [{{key: '{key}', values: [v]}}]}}")),
+            deny(&format!(
+                "{{from: [{{source: {{namespaces: [a]}}}}], when: [{{key: '{key}', values: [v]}}]}}"
+            )),
             vec![("a/x", WEB, DENY), ("b/x", WEB, "ok")],
         ));
         rows.push((
@@ -461,7 +558,11 @@ fn what_only_l7_can_judge() {
     }
     rows.push((
         "ALLOW: the other rules of the policy still count",
-        policy("shop", "p", "{rules: [{to: [{operation: {methods: [GET]}}]}, {from: [{source: {namespaces: [a]}}]}]}"),
+        policy(
+            "shop",
+            "p",
+            "{rules: [{to: [{operation: {methods: [GET]}}]}, {from: [{source: {namespaces: [a]}}]}]}",
+        ),
         vec![("a/x", WEB, OK), ("b/x", WEB, NONE)],
     ));
     rows.push((
@@ -491,8 +592,16 @@ fn strict_comes_first() {
             strict("shop") + &allow("{}"),
             vec![(PLAINTEXT, WEB, refusal), ("a/x", WEB, OK)],
         ),
-        ("and before any DENY", strict("shop") + &deny("{}"), vec![(PLAINTEXT, WEB, refusal), ("a/x", WEB, DENY)]),
-        ("without policies too", strict("shop"), vec![(PLAINTEXT, WEB, refusal), (PLAINTEXT, BANK, "ok"), ("a/x", WEB, "ok")]),
+        (
+            "and before any DENY",
+            strict("shop") + &deny("{}"),
+            vec![(PLAINTEXT, WEB, refusal), ("a/x", WEB, DENY)],
+        ),
+        (
+            "without policies too",
+            strict("shop"),
+            vec![(PLAINTEXT, WEB, refusal), (PLAINTEXT, BANK, "ok"), ("a/x", WEB, "ok")],
+        ),
     ]);
     let denied = ask(&mesh(&strict("shop")), PLAINTEXT, WEB).unwrap_err();
     assert_eq!((denied.reason, denied.policy.as_deref()), (Reason::StrictMode, Some("shop/default")));
@@ -509,15 +618,23 @@ fn a_refusal_has_a_reason_and_a_policy() {
 #[test]
 fn dry_run_is_reported_and_never_enforced() {
     let allowed = |policy: Option<&str>| Some(Verdict::Allowed { policy: policy.map(Into::into) });
-    let denied = |reason, policy: Option<&str>| Some(Verdict::Denied { reason, policy: policy.map(Into::into) });
+    let denied =
+        |reason, policy: Option<&str>| Some(Verdict::Denied { reason, policy: policy.map(Into::into) });
     let all = "{rules: [{}]}";
     let deny_all = "{action: DENY, rules: [{}]}";
-    let dry_strict = strict("shop").replace("namespace: shop", "namespace: shop, annotations: {istio.io/dry-run: 'true'}");
+    let dry_strict =
+        strict("shop").replace("namespace: shop", "namespace: shop, annotations: {istio.io/dry-run: 'true'}");
     // (rule, policies, from, enforced, with dry-run)
     let rows = [
         ("DENY", dry_run("shop", "t", deny_all), "a/x", "ok", denied(Reason::DenyPolicy, Some("shop/t"))),
         ("ALLOW that matches", dry_run("shop", "t", all), "a/x", "ok", allowed(Some("shop/t"))),
-        ("ALLOW that does not", dry_run("shop", "t", "{}"), "a/x", "ok", denied(Reason::NoAllowMatched, None)),
+        (
+            "ALLOW that does not",
+            dry_run("shop", "t", "{}"),
+            "a/x",
+            "ok",
+            denied(Reason::NoAllowMatched, None),
+        ),
         (
             "ALLOW that would let in what is refused",
             policy("shop", "p", "{}") + &dry_run("shop", "t", all),

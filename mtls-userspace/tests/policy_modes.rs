@@ -99,7 +99,9 @@ fn every_rule_of_the_effective_mode() {
         ),
         (
             "an absent mode inherits as UNSET does",
-            mode(ROOT, "STRICT") + &policy("shop", "a", "", "{mtls: {}}") + &selecting("shop", "web", "portLevelMtls: {}"),
+            mode(ROOT, "STRICT")
+                + &policy("shop", "a", "", "{mtls: {}}")
+                + &selecting("shop", "web", "portLevelMtls: {}"),
             vec![("10.0.0.1", 80, Strict)],
         ),
         (
@@ -109,8 +111,17 @@ fn every_rule_of_the_effective_mode() {
         ),
         (
             "a selector needs all its labels",
-            policy("shop", "a", "", "{selector: {matchLabels: {app: web, tier: front}}, mtls: {mode: STRICT}}")
-                + &policy("bank", "a", "", "{selector: {matchLabels: {app: web, tier: front}}, mtls: {mode: STRICT}}"),
+            policy(
+                "shop",
+                "a",
+                "",
+                "{selector: {matchLabels: {app: web, tier: front}}, mtls: {mode: STRICT}}",
+            ) + &policy(
+                "bank",
+                "a",
+                "",
+                "{selector: {matchLabels: {app: web, tier: front}}, mtls: {mode: STRICT}}",
+            ),
             vec![("10.0.0.1", 80, Strict), ("10.0.0.3", 80, Permissive)],
         ),
         (
@@ -131,7 +142,12 @@ fn every_rule_of_the_effective_mode() {
         (
             "the oldest of a level wins: workload, even by another selector",
             created("shop", "a", NEW, &web("PERMISSIVE"))
-                + &created("shop", "b", OLD, "{selector: {matchLabels: {tier: front}}, mtls: {mode: STRICT}}"),
+                + &created(
+                    "shop",
+                    "b",
+                    OLD,
+                    "{selector: {matchLabels: {tier: front}}, mtls: {mode: STRICT}}",
+                ),
             vec![("10.0.0.1", 80, Strict)],
         ),
         (
@@ -151,7 +167,8 @@ fn every_rule_of_the_effective_mode() {
         ),
         (
             "a port beats everything, for that port only",
-            mode(ROOT, "STRICT") + &selecting("shop", "web", "mtls: {mode: STRICT}, portLevelMtls: {80: {mode: PERMISSIVE}}"),
+            mode(ROOT, "STRICT")
+                + &selecting("shop", "web", "mtls: {mode: STRICT}, portLevelMtls: {80: {mode: PERMISSIVE}}"),
             vec![("10.0.0.1", 80, Permissive), ("10.0.0.1", 81, Strict), ("10.0.0.2", 80, Strict)],
         ),
         (
@@ -161,13 +178,23 @@ fn every_rule_of_the_effective_mode() {
         ),
         (
             "a port's UNSET inherits the workload's mode",
-            mode("shop", "STRICT") + &selecting("shop", "web", "mtls: {mode: DISABLE}, portLevelMtls: {80: {mode: UNSET}, 81: {}}"),
+            mode("shop", "STRICT")
+                + &selecting(
+                    "shop",
+                    "web",
+                    "mtls: {mode: DISABLE}, portLevelMtls: {80: {mode: UNSET}, 81: {}}",
+                ),
             vec![("10.0.0.1", 80, Disable), ("10.0.0.1", 81, Disable)],
         ),
         (
             "ports of a workload policy that lost are lost",
             created("shop", "a", OLD, &web("PERMISSIVE"))
-                + &created("shop", "b", NEW, "{selector: {matchLabels: {app: web}}, portLevelMtls: {80: {mode: STRICT}}}"),
+                + &created(
+                    "shop",
+                    "b",
+                    NEW,
+                    "{selector: {matchLabels: {app: web}}, portLevelMtls: {80: {mode: STRICT}}}",
+                ),
             vec![("10.0.0.1", 80, Permissive)],
         ),
         (
