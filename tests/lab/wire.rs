@@ -73,7 +73,8 @@ pub struct Encrypted {
 
 impl Wire {
     pub(crate) fn watch(netns: &Netns, interface: &str) -> Result<Self> {
-        let socket = netns.within(|| packet_socket(interface)).with_context(|| format!("watch {interface}"))?;
+        let socket =
+            netns.within(|| packet_socket(interface)).with_context(|| format!("watch {interface}"))?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let reader = std::thread::spawn(move || read(&socket, &stopped));
@@ -120,7 +121,8 @@ impl Seen {
             sum.bytes += flow.bytes;
             sum.connections += 1;
             if flow.from_start && flow.down.records.count > 0 {
-                let hello = flow.hello().with_context(|| format!("{flow:?} does not start with two hellos"))?;
+                let hello =
+                    flow.hello().with_context(|| format!("{flow:?} does not start with two hellos"))?;
                 ensure!(hello.version == Some(0x0304), "{flow:?} is not TLS 1.3: {hello:?}");
                 ensure!(!hello.server_name, "{flow:?} names the server in the clear");
                 (sum.cipher, sum.group) = (hello.cipher_name(), hello.group_name());
@@ -200,7 +202,9 @@ fn read(socket: &OwnedFd, stop: &AtomicBool) -> Result<Seen> {
     loop {
         let stopping = stop.load(Ordering::Acquire);
         // SAFETY: the buffer is valid for writes of its length during the call.
-        let n = unsafe { libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_TRUNC) };
+        let n = unsafe {
+            libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_TRUNC)
+        };
         let Ok(n) = usize::try_from(n) else {
             let error = std::io::Error::last_os_error();
             match error.raw_os_error() {
@@ -259,7 +263,8 @@ fn note(
 fn packet_socket(interface: &str) -> std::io::Result<OwnedFd> {
     let protocol = (libc::ETH_P_ALL as u16).to_be();
     // SAFETY: a plain system call; the descriptor it returns is ours alone.
-    let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, i32::from(protocol)) };
+    let fd =
+        unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, i32::from(protocol)) };
     if fd < 0 {
         return Err(std::io::Error::last_os_error());
     }

@@ -34,7 +34,10 @@ impl Grpc {
         let answer = client.app(&["chat-dial", &address, "--lines", "1000", "--message", MARKER])?;
         ensure!(answer["turns"] == 1000 && answer["ended"] == "eof", "the stream went {answer}");
         let accepted = self.server.all_json_with("accepted");
-        let seen = accepted.get(earlier).and_then(|line| line["accepted"].as_str()).context("no record of the call")?;
+        let seen = accepted
+            .get(earlier)
+            .and_then(|line| line["accepted"].as_str())
+            .context("no record of the call")?;
         ensure!(answer["caller"] == Value::from(seen), "the server told {answer}, and recorded {seen}");
         Ok(Session { what: "gRPC, two-way stream", done: "1000 messages".into(), client_seen: ip_in(seen)? })
     }
