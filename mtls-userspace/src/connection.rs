@@ -20,16 +20,15 @@ use crate::addr::{OriginalDst, OriginalSrc, canonical};
 use crate::capture;
 use crate::drain::Working;
 use crate::mesh::{Destination, Mesh, Workload};
-use crate::observe::{Connection, Direction, Ending, Flow, Party, Path, Refusal};
+use crate::observe::{Connection, Direction, Flow, Party, Path, Refusal};
+use crate::outcome;
 use crate::policy::{Authorized, Peer, Request};
-use crate::relay::{self, Report};
+use crate::relay::{self, End, Report};
 use crate::tunnel;
 use crate::worker::{Pod, Worker};
 
 /// A TCP handshake with an application or a peer agent that takes longer has failed.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// Where every agent's tunnel listener answers in an enrolled pod.
-pub const TUNNEL_PORT: u16 = 15008;
 
 /// An enrolled application dialled something in the mesh.
 pub async fn outbound(worker: Arc<Worker>, pod: Arc<Pod>, app: TcpStream) {
@@ -65,9 +64,9 @@ async fn pass_through(worker: &Worker, pod: &Pod, app: TcpStream, flow: Flow) {
     match dial(pod, flow.address).await {
         Ok(far) => {
             let open = worker.observer.open(flow);
-            finish(open, async |open| relay::plain(&app, &far, open.progress(), open.stopped()).await).await;
+            finish(open, async |open| relay::plain(&app, &far, open.progress(), stopped(open)).await).await;
         }
-        Err(error) => refuse(worker, app, flow, Refusal::unreachable(&error)),
+        Err(error) => refuse(worker, app, flow, outcome::unreachable(&error)),
     }
 }
 
@@ -93,14 +92,14 @@ async fn same_node(
     };
     let permit = match mesh.policies.authorize(&request) {
         Ok(permit) => permit,
-        Err(denied) => return refuse(worker, app, flow, Refusal::Denied(denied)),
+        Err(denied) => return refuse(worker, app, flow, outcome::denied(&denied)),
     };
     match deliver(worker, &neighbour, address, captured.source, permit).await {
         Ok(far) => {
             let open = worker.observer.open(flow);
-            finish(open, async |open| relay::plain(&app, &far, open.progress(), open.stopped()).await).await;
+            finish(open, async |open| relay::plain(&app, &far, open.progress(), stopped(open)).await).await;
         }
-        Err(error) => refuse(worker, app, flow, Refusal::unreachable(&error)),
+        Err(error) => refuse(worker, app, flow, outcome::unreachable(&error)),
     }
 }
 
@@ -118,24 +117,28 @@ async fn through_tunnel(
     let destination = Party { workload: Some(workload), identity: Some(expected.clone()) };
     let mut flow = captured.flow(Path::Tunnel, destination, address, service);
     let Some(identity) = worker.identities.current(&captured.workload.identity) else {
-        return refuse(worker, app, flow, Refusal::NoCertificate);
+        return refuse(worker, app, flow, Refusal::NoIdentity);
     };
     let target = tunnel::Target {
         identity: &identity,
         expected: &expected,
-        address: SocketAddr::new(address.ip(), TUNNEL_PORT),
+        address: SocketAddr::new(address.ip(), capture::TUNNEL_PORT),
         open: tunnel::Open::new(address, captured.source),
     };
     let dial = || pod.socket.socket(target.address);
     match worker.connector.open(target, dial).await {
         Ok(mut stream) => {
-            flow.cipher = Some(stream.cipher());
+            flow.cipher = stream.cipher().suite().as_str();
+            worker.count_tunnel(Direction::Outbound, stream.reused(), stream.resumed());
             let open = worker.observer.open(flow);
-            finish(open, async |open| relay::tunnelled(&app, &mut stream, open.progress(), open.stopped()).await).await;
+            finish(open, async |open| relay::tunnelled(&app, &mut stream, open.progress(), stopped(open)).await).await;
         }
         Err(error) => {
-            worker.observer.handshake_failed(Direction::Outbound, &error);
-            refuse(worker, app, flow, Refusal::tunnel(&error));
+            if let Some(failure) = outcome::failed_handshake(&error) {
+                worker.observer.handshake_failed(Direction::Outbound, failure);
+            }
+            tracing::info!(pod = pod.socket.name(), %address, %error, "no tunnel");
+            refuse(worker, app, flow, outcome::no_tunnel(&error));
         }
     }
 }
@@ -148,21 +151,26 @@ pub async fn inbound(worker: Arc<Worker>, pod: Arc<Pod>, mut working: Working, p
         tracing::warn!(pod = pod.socket.name(), %from, "tunnel refused: no certificate for this pod yet");
         return reset(peer);
     };
-    let mut tunnel = match tunnel::accept(peer, &identity, &worker.tunnel).await {
+    let mut tunnel = match worker.acceptor.accept(peer, &identity).await {
         Ok(tunnel) => tunnel,
         Err(error) => {
             tracing::info!(pod = pod.socket.name(), %from, %error, "tunnel refused");
-            return worker.observer.handshake_failed(Direction::Inbound, &error);
+            if let Some(failure) = outcome::failed_handshake(&error) {
+                worker.observer.handshake_failed(Direction::Inbound, failure);
+            }
+            return;
         }
     };
-    worker.observer.handshake_done(Direction::Inbound, tunnel.resumed());
+    let mut reused = false;
+    let resumed = tunnel.resumed();
     loop {
         let next = tokio::select! {
             next = tunnel.next() => next,
-            () = working.stopping() => return tunnel.close().await,
+            () = working.stopping() => return tunnel.close(),
         };
         match next {
             Ok(Some(request)) => {
+                worker.count_tunnel(Direction::Inbound, std::mem::replace(&mut reused, true), resumed);
                 if !inbound_stream(&worker, &pod, from, request).await {
                     return;
                 }
@@ -191,44 +199,44 @@ async fn inbound_stream(worker: &Worker, pod: &Pod, from: SocketAddr, request: t
         address,
         original_src: source,
         service: None,
-        cipher: Some(request.cipher()),
+        cipher: request.cipher().suite().as_str(),
     };
-    if !workload.addresses.contains(&address.ip()) {
-        worker.observer.refused(flow, Refusal::WrongPod);
-        return request.reject(tunnel::Reject::wrong_pod()).await.is_ok();
+    let delivered = match judge(&mesh, &flow, &workload, from) {
+        Ok(permit) => deliver(worker, pod, address, source, permit).await.map_err(|e| outcome::unreachable(&e)),
+        Err(refusal) => Err(refusal),
+    };
+    match delivered {
+        Ok(app) => {
+            let (_, stream) = request.accept();
+            let open = worker.observer.open(flow);
+            finish(open, async |open| relay::tunnelled(&app, stream, open.progress(), stopped(open)).await).await
+        }
+        Err(refusal) => {
+            let rejection = outcome::rejection(&refusal);
+            worker.observer.refused(flow, refusal);
+            request.reject(&rejection).await.is_ok()
+        }
+    }
+}
+
+/// Whether a peer whose identity is proven may have what it asks for.
+fn judge(mesh: &Mesh, flow: &Flow, workload: &Workload, from: SocketAddr) -> Result<Authorized, Refusal> {
+    let (Some(peer), source) = (&flow.source.identity, flow.original_src) else { return Err(Refusal::NoIdentity) };
+    if !workload.addresses.contains(&flow.address.ip()) {
+        return Err(Refusal::UnknownDestination);
     }
     // The identity is proven, the address only claimed: it must be the tunnel's own or one of that identity's pods.
-    let claimed = flow.source.workload.as_ref().is_some_and(|w| w.identity == *request.peer());
+    let claimed = flow.source.workload.as_ref().is_some_and(|workload| workload.identity == *peer);
     if source.ip() != from.ip() && !claimed {
-        worker.observer.refused(flow, Refusal::ForgedSource);
-        return request.reject(tunnel::Reject::forged_source()).await.is_ok();
+        return Err(Refusal::ForgedSource);
     }
-    let judged = mesh.policies.authorize(&Request {
-        destination: &workload,
-        address,
+    let request = Request {
+        destination: workload,
+        address: flow.address,
         source_ip: source.ip(),
-        peer: Peer::Verified(request.peer()),
-    });
-    let permit = match judged {
-        Ok(permit) => permit,
-        Err(denied) => {
-            let detail = denied.to_string();
-            worker.observer.refused(flow, Refusal::Denied(denied));
-            return request.reject(tunnel::Reject::denied(&detail)).await.is_ok();
-        }
+        peer: Peer::Verified(peer),
     };
-    match deliver(worker, pod, address, source, permit).await {
-        Ok(app) => {
-            let mut stream = request.accept();
-            let open = worker.observer.open(flow);
-            finish(open, async |open| relay::tunnelled(&app, &mut stream, open.progress(), open.stopped()).await).await;
-            stream.reusable()
-        }
-        Err(error) => {
-            worker.observer.refused(flow, Refusal::unreachable(&error));
-            request.reject(tunnel::Reject::unreachable(&error)).await.is_ok()
-        }
-    }
+    mesh.policies.authorize(&request).map_err(|denied| outcome::denied(&denied))
 }
 
 /// Plaintext from outside the mesh that policy must judge before the application sees it.
@@ -250,14 +258,14 @@ pub async fn plaintext(worker: Arc<Worker>, pod: Arc<Pod>, client: TcpStream) {
     let request = Request { destination: &workload, address: to, source_ip: from.ip(), peer: Peer::Plaintext };
     let permit = match mesh.policies.authorize(&request) {
         Ok(permit) => permit,
-        Err(denied) => return refuse(&worker, client, flow, Refusal::Denied(denied)),
+        Err(denied) => return refuse(&worker, client, flow, outcome::denied(&denied)),
     };
     match deliver(&worker, &pod, to, flow.original_src, permit).await {
         Ok(app) => {
             let open = worker.observer.open(flow);
-            finish(open, async |open| relay::plain(&client, &app, open.progress(), open.stopped()).await).await;
+            finish(open, async |open| relay::plain(&client, &app, open.progress(), stopped(open)).await).await;
         }
-        Err(error) => refuse(&worker, client, flow, Refusal::unreachable(&error)),
+        Err(error) => refuse(&worker, client, flow, outcome::unreachable(&error)),
     }
 }
 
@@ -319,10 +327,18 @@ async fn connect(socket: socket2::Socket, address: SocketAddr) -> io::Result<Tcp
     tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| io::ErrorKind::TimedOut)?
 }
 
-/// Runs the relay and writes the connection's one line.
-async fn finish(open: Connection, relay: impl AsyncFnOnce(&Connection) -> Report) {
+/// Runs the relay and writes the connection's one line. True if both directions ended cleanly.
+async fn finish(open: Connection, relay: impl AsyncFnOnce(&Connection) -> Report) -> bool {
     let report = relay(&open).await;
-    open.close(Ending::from(report.end));
+    let clean = matches!(report.end, End::Clean | End::Rejected(_));
+    let ending = outcome::ending(report.end, open.flow(), open.stop_reason());
+    open.close(ending);
+    clean
+}
+
+/// Resolves when policy no longer allows the connection.
+async fn stopped(open: &Connection) {
+    open.stopped().await;
 }
 
 fn refuse(worker: &Worker, app: TcpStream, flow: Flow, refusal: Refusal) {

@@ -20,7 +20,7 @@ enum Command {
     /// Run the certificate authority
     Ca(cli::ca::Ca),
     /// Show what the agent on this node is doing
-    Status(cli::status::Status),
+    Status(cli::status::Args),
     /// Measure: a load client and its server
     Bench(cli::bench::Bench),
 }
@@ -28,8 +28,8 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Node(node) => node.run(),
-        Command::Ca(ca) => ca.run(),
-        Command::Status(status) => status.run(),
+        Command::Ca(ca) => cli::ca::main(ca),
+        Command::Status(args) => cli::status::main(&args),
         Command::Bench(bench) => bench.run(),
     };
     match result {

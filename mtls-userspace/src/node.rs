@@ -17,7 +17,7 @@ use crate::drain::Drain;
 use crate::enrolment::Enrolment;
 use crate::identity::{self, Identities};
 use crate::mesh::{self, Mesh};
-use crate::observe::{self, Admin, IdentityRow, MeshRow, Observer, PodRow, Readiness};
+use crate::observe::{self, Admin, IdentityRow, MeshRow, Observer, Plaintext, PodRow, Readiness};
 use crate::policy::{Peer, Request};
 use crate::tunnel;
 use crate::worker::{self, LocalPods, Worker};
@@ -63,7 +63,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
                 identities: identities.clone(),
                 local: local.clone(),
                 connector: tunnel::Connector::new(tunnel.clone()),
-                tunnel: tunnel.clone(),
+                acceptor: tunnel::Acceptor::new(tunnel.clone()),
                 observer: observer.clone(),
                 same_node: config.same_node,
                 congestion: config.loopback_congestion.name(),
@@ -209,4 +209,17 @@ async fn wait_for_signal() -> anyhow::Result<()> {
         _ = interrupt.recv() => {}
     }
     Ok(())
+}
+
+/// Counts plaintext that the kernel half decided alone.
+async fn watch_kernel(mut events: capture::Events, source: mesh::Source, observer: Observer) {
+    while let Some(event) = events.next().await {
+        let mesh = source.current();
+        let Some(destination) = mesh.workload(event.local.ip()) else { continue };
+        let outcome = match event.kind {
+            capture::EventKind::PlaintextAccepted => Plaintext::Accepted,
+            capture::EventKind::PlaintextRefused => Plaintext::Refused,
+        };
+        observer.plaintext(destination, event.local.port(), outcome);
+    }
 }

@@ -20,7 +20,7 @@ use crate::connection;
 use crate::drain::Working;
 use crate::identity::Identities;
 use crate::mesh::{self, Workload};
-use crate::observe::Observer;
+use crate::observe::{Direction, Observer};
 use crate::tunnel;
 
 /// What every connection on one data thread can reach.
@@ -30,7 +30,7 @@ pub struct Worker {
     pub identities: Arc<Identities>,
     pub local: Arc<LocalPods>,
     pub connector: tunnel::Connector,
-    pub tunnel: Arc<tunnel::Config>,
+    pub acceptor: tunnel::Acceptor,
     pub observer: Observer,
     pub same_node: SameNode,
     /// Congestion control of loopback legs; `None` leaves the host's.
@@ -68,6 +68,16 @@ impl Worker {
         match self.same_node {
             SameNode::Encrypt => None,
             SameNode::Relay => workload.addresses.iter().find_map(|ip| self.local.at(*ip)),
+        }
+    }
+
+    /// Counts a stream's tunnel: one that carried a stream before, or a new one with its handshake.
+    pub fn count_tunnel(&self, direction: Direction, reused: bool, resumed: bool) {
+        if reused {
+            self.observer.tunnel_reused(direction);
+        } else {
+            self.observer.handshake_done(direction, resumed);
+            self.observer.tunnel_opened(direction);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! `mtls ca`: flags in, a running certificate authority until SIGTERM or SIGINT.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -10,7 +10,20 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::ca::{CertificateAuthority, JoinTokens, NodeAuthorization, Service, serve, write_root_bundle};
-use crate::identity::TrustDomain;
+use crate::identity::{SpiffeId, TrustDomain};
+use crate::mesh::{Settings, Source};
+
+/// Sets up the process around [`Ca::run`].
+pub fn main(ca: Ca) -> anyhow::Result<()> {
+    super::log_to_stderr();
+    super::forbid_core_dumps()?;
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("starting the control runtime")?
+        .block_on(ca.run())
+}
 
 /// Below this, the authority's own end is worth a warning at each start.
 const NEAR_END: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -54,22 +67,14 @@ pub struct Ca {
 }
 
 impl Ca {
-    pub fn manifests(&self) -> &Path {
-        &self.manifests
-    }
-
-    pub fn trust_domain(&self) -> &TrustDomain {
-        &self.trust_domain
-    }
-
-    /// `nodes` knows which identities the pods of a node have.
-    pub async fn run(self, nodes: Arc<dyn NodeAuthorization>) -> anyhow::Result<()> {
+    pub async fn run(self) -> anyhow::Result<()> {
         // First, so that a signal during the start is not lost.
         let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
 
         let authority = Arc::new(self.authority()?);
         let tokens = JoinTokens::open(&self.tokens)?;
+        let nodes = Arc::new(self.nodes()?);
         let listener = TcpListener::bind(self.listen)
             .await
             .with_context(|| format!("cannot serve certificates on {}", self.listen))?;
@@ -102,6 +107,17 @@ impl Ca {
         .await?;
         tracing::info!("certificate authority stopped");
         Ok(())
+    }
+
+    /// A node's identities, by the manifests as they are at each request.
+    fn nodes(&self) -> anyhow::Result<impl NodeAuthorization + use<>> {
+        // Which policies are the mesh's makes no difference to who runs where.
+        let settings =
+            Settings { trust_domain: self.trust_domain.clone(), root_namespace: "istio-system".into() };
+        let source = Source::directory(self.manifests.clone(), settings)?;
+        Ok(move |node: &str, identity: &SpiffeId| {
+            source.current().enrolled_on(node).any(|workload| workload.identity == *identity)
+        })
     }
 
     fn authority(&self) -> anyhow::Result<CertificateAuthority> {

@@ -67,6 +67,12 @@ pub enum Error {
     Print(#[from] io::Error),
 }
 
+/// Runs `mtls status` to its end.
+pub fn main(args: &Args) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(runtime.block_on(run(args, &mut io::stdout()))?)
+}
+
 /// Asks and prints.
 ///
 /// # Errors

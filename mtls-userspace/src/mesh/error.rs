@@ -40,7 +40,7 @@ pub enum Error {
     NoObject { place: Place, problem: NoObject },
     #[error("{place}: {kind} of apiVersion {api_version:?} isn't understood; write apiVersion: {expected}")]
     ApiVersion { place: Place, kind: String, api_version: String, expected: &'static str },
-    #[error("{place}: {object}: field {field}: {problem}; correct the field")]
+    #[error("{place}: {object}: field {field}: {problem}")]
     Field { place: Place, object: String, field: String, problem: String },
     #[error("{place}: {object}: field {field}: {problem}")]
     Address { place: Place, object: String, field: &'static str, problem: InvalidAddress },

@@ -262,6 +262,7 @@ fn read<T: DeserializeOwned>(
         Ok(object) => into.push(Placed { object, place }),
         Err(error) => {
             let field = error.path().to_string();
+            let field = if field == "." { "(top level)".to_owned() } else { field };
             return Err(Error::Field { place, object, field, problem: error.into_inner().to_string() });
         }
     }

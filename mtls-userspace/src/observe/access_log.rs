@@ -77,10 +77,10 @@ impl Log {
     }
 
     pub fn write(&self, record: Record) {
-        if let Some(queue) = &self.queue {
-            if queue.try_send(record).is_err() {
-                self.lost.fetch_add(1, Ordering::Relaxed);
-            }
+        if let Some(queue) = &self.queue
+            && queue.try_send(record).is_err()
+        {
+            self.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
 

@@ -142,6 +142,11 @@ impl Connection {
         &self.open.flow
     }
 
+    /// Why the connection was asked to stop, if it was.
+    pub fn stop_reason(&self) -> Option<Arc<str>> {
+        self.open.stop.get().cloned()
+    }
+
     /// Resolves with the reason once policy no longer allows this connection; pending until then. Cancel-safe.
     pub async fn stopped(&self) -> Arc<str> {
         loop {

@@ -114,6 +114,8 @@ pub enum Refusal {
     NoEndpoint,
     /// The peer asked for an address that no enrolled pod of this node owns.
     UnknownDestination,
+    /// The peer claimed a client address that is neither its own nor one of its identity's pods.
+    ForgedSource,
     /// The kernel half recorded no original destination for the captured socket.
     NoOriginalDestination,
     /// No certificate for the workload yet, or it has run out.
@@ -143,6 +145,7 @@ impl Refusal {
             Self::PlaintextToStrict => "plaintext_to_strict",
             Self::NoEndpoint => "no_endpoint",
             Self::UnknownDestination => "unknown_destination",
+            Self::ForgedSource => "forged_source",
             Self::NoOriginalDestination => "no_original_destination",
             Self::NoIdentity => "no_identity",
             Self::PeerUnreachable => "peer_unreachable",
@@ -176,6 +179,7 @@ impl fmt::Display for Refusal {
             Self::UnknownDestination => {
                 f.write_str("no enrolled pod of this node has the destination address")
             }
+            Self::ForgedSource => f.write_str("the client address that the peer claimed is not one of its identity's"),
             Self::NoOriginalDestination => f.write_str("the kernel recorded no original destination"),
             Self::NoIdentity => f.write_str("the workload has no valid certificate"),
             Self::PeerUnreachable => f.write_str("the peer's agent cannot be reached"),

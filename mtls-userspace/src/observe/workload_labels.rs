@@ -9,10 +9,10 @@ pub(super) fn controller(workload: &Workload) -> &str {
     let label = |key: &str| workload.labels.get(key).map(String::as_str).filter(|value| !value.is_empty());
     if let Some(hash) = label("pod-template-hash") {
         // <deployment>-<hash>-<random>
-        if let Some((replica_set, _)) = name.rsplit_once('-') {
-            if let Some(deployment) = replica_set.strip_suffix(hash).and_then(|rest| rest.strip_suffix('-')) {
-                return non_empty(deployment, name);
-            }
+        let replica_set = name.rsplit_once('-').map(|(replica_set, _)| replica_set);
+        let deployment = replica_set.and_then(|name| name.strip_suffix(hash)?.strip_suffix('-'));
+        if let Some(deployment) = deployment {
+            return non_empty(deployment, name);
         }
     }
     if label("statefulset.kubernetes.io/pod-name").is_some() {
@@ -79,7 +79,8 @@ mod tests {
 
     #[test]
     fn a_pod_goes_by_what_made_it() {
-        let table: &[(&str, &[(&str, &str)], &str)] = &[
+        type Row<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a str);
+        let table: &[Row<'_>] = &[
             ("web-7d9f6c5b8-x2x9z", &[("pod-template-hash", "7d9f6c5b8")], "web"),
             ("web-7d9f6c5b8-x2x9z", &[("pod-template-hash", "other")], "web-7d9f6c5b8-x2x9z"),
             ("web-7d9f6c5b8-x2x9z", &[], "web-7d9f6c5b8-x2x9z"),
@@ -119,7 +120,8 @@ mod tests {
             random in "[a-z0-9]{5}",
         ) {
             let name = format!("{deployment}-{hash}-{random}");
-            prop_assert_eq!(controller(&pod(&name, &[("pod-template-hash", &hash)])), deployment);
+            let pod = pod(&name, &[("pod-template-hash", &hash)]);
+            prop_assert_eq!(controller(&pod), deployment);
         }
 
         #[test]

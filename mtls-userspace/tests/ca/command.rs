@@ -2,13 +2,12 @@
 
 use std::collections::HashSet;
 use std::net::TcpListener;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
 use mtls::cli::ca::Ca;
-use mtls::identity::{Identities, RemoteAuthority, SpiffeId};
+use mtls::identity::{Identities, RemoteAuthority};
 
 use crate::bench::*;
 
@@ -19,41 +18,48 @@ struct Line {
 }
 
 #[tokio::test]
-async fn it_serves_what_its_flags_say_and_ends_at_sigterm() {
+async fn it_serves_what_flags_and_manifests_say_and_ends_at_sigterm() {
     let dir = tempfile::tempdir().unwrap();
     let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
     std::fs::write(path("tokens.yaml"), format!("node-a: {TOKEN_A}\n")).unwrap();
     std::fs::write(path("token"), TOKEN_A).unwrap();
-    let (tokens, ca_dir, root) = (path("tokens.yaml"), path("ca"), path("root.pem"));
+    std::fs::create_dir(path("manifests")).unwrap();
+    std::fs::write(path("manifests/cart.yaml"), pod("cart", "node-a", "ambient")).unwrap();
+    std::fs::write(path("manifests/db.yaml"), pod("db", "node-b", "ambient")).unwrap();
     let line = parse(&[
         "--listen",
         &address,
         "--tokens",
-        &tokens,
+        &path("tokens.yaml"),
         "--manifests",
-        &path(""),
+        &path("manifests"),
         "--ca-dir",
-        &ca_dir,
+        &path("ca"),
         "--root-out",
-        &root,
+        &path("root.pem"),
         "--leaf-lifetime",
         "1m30s",
     ]);
-    let running = tokio::spawn(
-        line.unwrap().ca.run(Arc::new(|node: &str, id: &SpiffeId| node == "node-a" && *id == cart())),
-    );
+    let running = tokio::spawn(line.unwrap().ca.run());
 
     let remote =
-        RemoteAuthority::new(&format!("https://{address}"), root.clone().into(), path("token").into());
+        RemoteAuthority::new(&format!("https://{address}"), path("root.pem").into(), path("token").into());
     let identities = Identities::new(Arc::new(remote.unwrap()), quick());
-    identities.want(HashSet::from([cart()]));
+    identities.want(HashSet::from([cart(), db()]));
     let _task = tokio::spawn(identities.clone().run(std::future::pending()));
     let identity = identities.ready(&cart(), Duration::from_secs(10)).await.unwrap();
     let life = left(identity.svid.not_after).as_secs();
     assert!((80..=91).contains(&life), "{life}");
-    let kept = Path::new(&ca_dir).join("root-cert.pem");
-    assert_eq!(std::fs::read(&root).unwrap(), std::fs::read(kept).unwrap());
+    assert_eq!(std::fs::read(path("root.pem")).unwrap(), std::fs::read(path("ca/root-cert.pem")).unwrap());
+
+    let refused = identities.ready(&db(), Duration::from_secs(1)).await.unwrap_err().to_string();
+    assert!(refused.contains("no enrolled pod on node node-a"), "{refused}");
+    std::fs::write(path("manifests/db.yaml"), pod("db", "node-a", "none")).unwrap();
+    let refused = identities.ready(&db(), Duration::from_secs(2)).await.unwrap_err().to_string();
+    assert!(refused.contains("no enrolled pod on node node-a"), "{refused}");
+    std::fs::write(path("manifests/db.yaml"), pod("db", "node-a", "ambient")).unwrap();
+    identities.ready(&db(), Duration::from_secs(10)).await.expect("the pod runs here now");
 
     assert!(!running.is_finished());
     nix::sys::signal::raise(nix::sys::signal::Signal::SIGTERM).unwrap();
@@ -66,11 +72,12 @@ async fn a_port_taken_or_a_file_missing_is_a_clear_error() {
     let dir = tempfile::tempdir().unwrap();
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    let tokens = dir.path().join("tokens.yaml").to_str().unwrap().to_owned();
+    let elsewhere = tempfile::tempdir().unwrap();
+    let tokens = elsewhere.path().join("tokens.yaml").to_str().unwrap().to_owned();
     let manifests = dir.path().to_str().unwrap();
     let run = async || {
         let line = parse(&["--listen", &address, "--tokens", &tokens, "--manifests", manifests]).unwrap();
-        let error = line.ca.run(Arc::new(|_: &str, _: &SpiffeId| false)).await.unwrap_err();
+        let error = line.ca.run().await.unwrap_err();
         format!("{error:#}")
     };
     let missing = run().await;
@@ -81,6 +88,9 @@ async fn a_port_taken_or_a_file_missing_is_a_clear_error() {
     std::fs::write(&tokens, format!("node-a: {TOKEN_A}")).unwrap();
     let in_use = run().await;
     assert!(in_use.contains(&address) && in_use.contains("in use"), "{in_use}");
+    std::fs::write(dir.path().join("broken.yaml"), "kind: Pod\napiVersion: v1\nmetadata: {name: x}\nspec: 7\n").unwrap();
+    let broken = run().await;
+    assert!(broken.contains("broken.yaml") && broken.contains("spec"), "{broken}");
 }
 
 #[test]
@@ -100,6 +110,25 @@ fn flags_are_checked() {
     }
     assert!(parse(&["--manifests", "m"]).is_err(), "tokens are needed");
     assert!(parse(&["--tokens", "t"]).is_err(), "manifests are needed");
+}
+
+fn pod(account: &str, node: &str, mode: &str) -> String {
+    format!(
+        "apiVersion: v1
+kind: Pod
+metadata:
+  name: {account}
+  namespace: shop
+  labels: {{istio.io/dataplane-mode: {mode}}}
+spec:
+  nodeName: {node}
+  serviceAccountName: {account}
+  containers: [{{name: app}}]
+status:
+  podIP: 10.0.0.{}
+",
+        account.len()
+    )
 }
 
 fn parse(flags: &[&str]) -> Result<Line, clap::Error> {

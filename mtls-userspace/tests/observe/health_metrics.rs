@@ -97,7 +97,7 @@ pub fn identity_row() -> IdentityRow {
         last_error: None,
         renewals: 4,
         failures: 2,
-        issuers: vec![root("01", 9_000_000_000), root("02", 5_000_000_000)],
+        issuers: vec![root("01", 9_000_000_000), root("02", 5_000_000_000), root("03", 7_000_000_000)],
     }
 }
 
@@ -136,7 +136,7 @@ fn rooms_are_asked_at_scrape_time() {
     let expiry = "mtls_certificate_expiry_timestamp_seconds";
     let web = ("identity", "spiffe://cluster.local/ns/shop/sa/web");
     assert_eq!(samples.one(expiry, &[web, ("role", "leaf")]), 4_102_444_800.0);
-    // Two roots of one name during a rotation: one sample, the earlier end.
+    // Several roots of one name during a rotation: one sample, the earlier end.
     assert_eq!(samples.one(expiry, &[web, ("role", "root"), ("subject", "O=mesh")]), 5_000_000_000.0);
     assert_eq!(samples.one("mtls_certificate_renewals_total", &[web]), 4.0);
     assert_eq!(samples.one("mtls_certificate_renewal_failures_total", &[web]), 2.0);
