@@ -12,7 +12,6 @@ pub struct Segment<'a> {
     pub seq: u32,
     pub syn: bool,
     pub ack: bool,
-    pub rst: bool,
     pub payload: &'a [u8],
 }
 
@@ -51,7 +50,6 @@ impl<'a> Segment<'a> {
             dst: SocketAddr::new(dst, u16::from_be_bytes(array(tcp, 2)?)),
             seq: u32::from_be_bytes(array(tcp, 4)?),
             syn: flags & 0x02 != 0,
-            rst: flags & 0x04 != 0,
             ack: flags & 0x10 != 0,
             payload: tcp.get(usize::from(tcp.get(12)? >> 4) * 4..)?,
         })

@@ -46,8 +46,6 @@ pub struct Flow {
     pub bytes: u64,
     /// The capture saw its first packet.
     pub from_start: bool,
-    /// Reset before it was established.
-    pub refused: bool,
     /// How often the marker stood in the payload in the clear.
     pub markers: u64,
     up: Direction,
@@ -56,7 +54,10 @@ pub struct Flow {
 
 #[derive(Debug, Default)]
 struct Direction {
+    /// Sequence number of the next new byte.
     next: Option<u32>,
+    /// Its first byte was seen, so that records can be followed.
+    whole: bool,
     head: Vec<u8>,
     tail: Vec<u8>,
     records: Records,
@@ -146,7 +147,6 @@ impl Flow {
             server,
             bytes: 0,
             from_start,
-            refused: false,
             markers: 0,
             up: Direction::default(),
             down: Direction::default(),
@@ -169,7 +169,7 @@ impl Direction {
         if fresh.is_empty() {
             return 0;
         }
-        if skip >= 0 && self.next.is_some() {
+        if skip >= 0 && self.whole {
             self.records.feed(fresh);
             if self.head.len() < 4096 {
                 self.head.extend_from_slice(&fresh[..fresh.len().min(4096)]);
@@ -249,9 +249,9 @@ fn note(
     });
     let Some(flow) = flows.get_mut(position) else { return };
     flow.bytes += segment.payload.len() as u64;
-    flow.refused |= segment.rst && flow.bytes == 0;
     let direction = if flow.client == src { &mut flow.up } else { &mut flow.down };
     let seq = if segment.syn {
+        direction.whole = true;
         direction.next = Some(segment.seq.wrapping_add(1));
         segment.seq.wrapping_add(1)
     } else {

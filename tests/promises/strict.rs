@@ -130,20 +130,33 @@ fn the_kubelet_may_probe_a_strict_pod_and_nobody_else() -> Result<()> {
     scene.lab.peer_authentication(Level::Mesh, Mode::Strict)?;
     let intruder = scene.lab.outsider("node-b", "intruder")?;
     let echo = scene.server.serve(&["echo", "--listen", "[::]:7000"])?;
-    for to in [scene.server.addr(7000).to_string(), scene.server.addr6(7000).to_string()] {
+    let own = scene.lab.node("node-b")?;
+    let pods = own.cgroup().join("pods/host-network");
+    std::fs::create_dir_all(&pods)?;
+    let pods = pods.to_string_lossy();
+    scene.lab.write_text(
+        "pod-outside-host-network.yaml",
+        &format!(
+            "apiVersion: v1\nkind: Pod\n\
+             metadata: {{name: host-network, namespace: outside, annotations: {{mtls.dev/cgroup: {pods}}}}}\n\
+             spec: {{nodeName: node-b, hostNetwork: true, serviceAccountName: any}}\n\
+             status: {{phase: Running, podIP: {}}}\n",
+            own.ip()
+        ),
+    )?;
+    for (to, from) in [(scene.server.addr(7000), "10.30.2.1"), (scene.server.addr6(7000), "fd00:30:2::1")] {
+        let to = to.to_string();
         refused_soon(&scene, &intruder, &to)?;
-        let own = scene.lab.node("node-b")?;
+        let before = echo.all_json_with("accepted").len();
         assert_echoed(&own.app(&["dial", "echo", &to])?);
+        let probe = &echo.all_json_with("accepted")[before]["accepted"];
+        assert_eq!(crate::address(probe)?.ip().to_string(), from, "the probe's own source address");
         // The other node's kubelet has no business here, nor has a neighbour.
         assert_refused(&scene.lab.node("node-a")?.app(&["dial", "echo", &to])?);
         assert_refused(&intruder.app(&["dial", "echo", &to])?);
         // A pod on the host's network shares its address but not its trust.
-        let pods = own.cgroup().join("pods/host-network");
-        std::fs::create_dir_all(&pods)?;
-        assert_refused(&own.app(&["dial", "echo", &to, "--cgroup", &pods.to_string_lossy()])?);
+        assert_refused(&own.app(&["dial", "echo", &to, "--cgroup", &pods])?);
     }
-    let probe = &echo.all_json_with("accepted")[0]["accepted"];
-    assert_eq!(crate::address(probe)?.ip().to_string(), "10.30.2.1", "the probe's own source address");
     Ok(())
 }
 
