@@ -40,7 +40,7 @@ use traffic::Traffic;
 
 pub use access_log::AccessLog;
 pub use admin::Admin;
-pub use connections::{Connection, Progress};
+pub use connections::Connection;
 pub use flow::{Direction, Ending, Flow, HandshakeFailure, Party, Path, Refusal};
 pub use metrics::Plaintext;
 pub use readiness::{Condition, Readiness};

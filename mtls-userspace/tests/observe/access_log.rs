@@ -1,7 +1,6 @@
 //! The access log: one line per connection that ended or was refused.
 
 use std::io::Write;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -34,8 +33,8 @@ fn untimed(line: &str) -> Value {
 fn a_json_line_says_who_spoke_to_whom_and_how_it_ended() {
     let agent = Agent::logging(AccessLog::Json);
     let connection = agent.observer.open(web_to_db(Direction::Outbound));
-    connection.progress().sent.store(1000, Ordering::Relaxed);
-    connection.progress().received.store(7, Ordering::Relaxed);
+    connection.progress().add_sent(1000);
+    connection.progress().add_received(7);
     assert_eq!(agent.lines(), [""; 0], "an open connection has no line yet");
     connection.close(Ending::Clean);
     let expected = json!({

@@ -5,7 +5,6 @@ use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use mtls::observe::{Admin, Connection, Direction, Ending, Enrolment, Error, MeshRow, Refusal};
@@ -61,7 +60,7 @@ fn status_shows_the_agent_its_pods_certificates_and_connections() {
     agent.observer.open(web_to_db(Direction::Inbound)).close(Ending::Clean);
     agent.observer.refused(stranger_to_db(), Refusal::PlaintextToStrict);
     let open = agent.observer.open(web_to_db(Direction::Outbound));
-    open.progress().sent.store(1000, Ordering::Relaxed);
+    open.progress().add_sent(1000);
     let status = agent.local("/status").json();
     assert_eq!(status["agent"]["node"], "node-a");
     assert_eq!(status["agent"]["pid"], std::process::id());

@@ -1,6 +1,5 @@
 //! Istio's standard TCP metrics, as a scraper reads them.
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use mtls::observe::{Connection, Direction, Ending, Flow, HandshakeFailure, Path, Refusal, Settings};
@@ -15,9 +14,9 @@ const FAILED: &str = "istio_tcp_connections_failed_total";
 const SENT: &str = "istio_tcp_sent_bytes_total";
 const RECEIVED: &str = "istio_tcp_received_bytes_total";
 
-fn relay(connection: &Connection, sent: u64, received: u64) {
-    connection.progress().sent.fetch_add(sent, Ordering::Relaxed);
-    connection.progress().received.fetch_add(received, Ordering::Relaxed);
+fn relay(connection: &Connection, sent: usize, received: usize) {
+    connection.progress().add_sent(sent);
+    connection.progress().add_received(received);
 }
 
 #[test]
