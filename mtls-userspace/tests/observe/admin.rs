@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use mtls::observe::{Admin, Connection, Direction, Ending, Enrolment, Error, MeshRow, Refusal};
+use mtls::observe::{Admin, Connection, Direction, Ending, Enrolment, Error, MeshRow};
 use serde_json::json;
 
 use crate::agent::{Agent, mode};
-use crate::flows::{stranger_to_db, web_to_db};
+use crate::flows::{stranger_to_db, strict, web_to_db};
 use crate::health_metrics::{identity_row, pod_row};
 
 #[test]
@@ -59,7 +59,7 @@ fn status_shows_the_agent_its_pods_certificates_and_connections() {
     let mesh = MeshRow { generation: 7, workloads: 12, last_error: Some("pods.yaml".into()), errors: 1 };
     agent.observer.set_mesh(Arc::new(move || mesh.clone()));
     agent.observer.open(web_to_db(Direction::Inbound)).close(Ending::Clean);
-    agent.observer.refused(stranger_to_db(), Refusal::PlaintextToStrict);
+    agent.observer.refused(stranger_to_db(), strict());
     let open = agent.observer.open(web_to_db(Direction::Outbound));
     open.progress().sent.store(1000, Ordering::Relaxed);
     let status = agent.local("/status").json();
