@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 
 use super::Observer;
 use super::flow::{Direction, Ending, Flow, Path};
-use super::traffic::Series;
+use super::traffic::Reports;
 use crate::relay::Progress;
 
 const SHARDS: usize = 16;
@@ -32,7 +32,7 @@ pub(super) struct Open {
     pub progress: Progress,
     /// What of `progress` the metrics already have.
     folded: Folded,
-    pub series: Arc<Series>,
+    pub reports: Reports,
     since: Instant,
     stop: OnceLock<Arc<str>>,
     stopping: Notify,
@@ -48,7 +48,8 @@ impl Open {
         let (sent, received) = (self.progress.sent(), self.progress.received());
         let delta =
             |folded: &AtomicU64, now: u64| now.saturating_sub(folded.fetch_max(now, Ordering::Relaxed));
-        self.series.value.add_bytes(delta(&self.folded.sent, sent), delta(&self.folded.received, received));
+        let (sent, received) = (delta(&self.folded.sent, sent), delta(&self.folded.received, received));
+        self.reports.each().for_each(|counts| counts.add_bytes(sent, received));
     }
 }
 
@@ -61,14 +62,14 @@ pub(super) struct Connections {
 }
 
 impl Connections {
-    pub fn insert(&self, flow: Flow, series: Arc<Series>) -> Arc<Open> {
+    pub fn insert(&self, flow: Flow, reports: Reports) -> Arc<Open> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let open = Arc::new(Open {
             id,
             flow,
             progress: Progress::default(),
             folded: Folded::default(),
-            series,
+            reports,
             since: Instant::now(),
             stop: OnceLock::new(),
             stopping: Notify::new(),

@@ -158,10 +158,9 @@ fn something_else_on_the_socket_is_an_error() {
         let listener = UnixListener::bind(&socket).unwrap();
         let serving = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
-            stream.write_all(answer.as_bytes()).unwrap();
-            // Until the request is read, closing would be a reset.
             let mut request = [0; 1024];
-            let _ = std::io::Read::read(&mut stream, &mut request);
+            assert!(std::io::Read::read(&mut stream, &mut request).unwrap() > 0);
+            stream.write_all(answer.as_bytes()).unwrap();
         });
         let error = run(&socket, &[]).unwrap_err().to_string();
         assert!(error.contains(expected) && error.contains("admin.sock"), "{expected}: {error}");
