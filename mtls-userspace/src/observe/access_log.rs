@@ -18,7 +18,8 @@ use super::connections::Open;
 use super::flow::{Ending, Flow, Party, Refusal};
 
 /// In what form lines are written.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum AccessLog {
     #[default]
     Off,
