@@ -103,6 +103,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     capture.shutdown_unregister();
     stop.send_replace(true);
     let _ = tokio::time::timeout(Duration::from_secs(2), admin).await;
+    observer.flush_access_log(Duration::from_secs(1));
     Ok(())
 }
 

@@ -119,6 +119,14 @@ struct Relay<'a> {
     rejection: Option<Rejection>,
 }
 
+/// Which way application bytes went.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    FromApp,
+    ToApp,
+}
+use Way::{FromApp, ToApp};
+
 type Step = Poll<Result<(), End>>;
 
 impl Relay<'_> {
@@ -263,10 +271,19 @@ impl Relay<'_> {
             Err(_) => self.app_failed = true,
         }
         self.up.turn += total;
-        self.progress.add_sent(total);
+        self.count(FromApp, total);
         self.up.end = end;
         self.up.buffer = Some(buffer);
         Ok(true)
+    }
+
+    /// Counts as the connection's source sees it: the application is the source where the tunnel's client is.
+    fn count(&self, way: Way, n: usize) {
+        if (way == FromApp) == self.codec.order.is_client() {
+            self.progress.add_sent(n);
+        } else {
+            self.progress.add_received(n);
+        }
     }
 
     fn seal_fin(&mut self) -> Result<(), End> {
@@ -364,7 +381,7 @@ impl Relay<'_> {
             };
             match written {
                 Ok(n) => {
-                    self.progress.add_received(n);
+                    self.count(ToApp, n);
                     self.down.turn += n;
                     let mut offset = self.down.offset + n;
                     while let Some(&(_, length)) = ranges.get(self.down.delivered)
