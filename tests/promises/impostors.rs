@@ -24,7 +24,7 @@ fn callers_without_a_right_certificate_are_refused() -> Result<()> {
             Some(Forger::unknown()?.sign(&dir, "self-made", "spiffe://cluster.local/ns/shop/sa/far")?),
         ),
         ("expired", Some(authority.sign_expired(&dir, "expired", "spiffe://cluster.local/ns/shop/sa/far")?)),
-        ("wrong_identity", Some(authority.sign(&dir, "foreign", "spiffe://evil.local/ns/shop/sa/far")?)),
+        ("wrong_trust_domain", Some(authority.sign(&dir, "foreign", "spiffe://evil.local/ns/shop/sa/far")?)),
         ("wrong_identity", Some(authority.sign(&dir, "nobody", "spiffe://cluster.local/nonsense")?)),
     ];
     // The forger's tools work: with the right certificate the same bytes reach the application.
@@ -59,12 +59,15 @@ fn a_caller_speaks_only_from_his_own_address() -> Result<()> {
     let authority = Forger::with_authority(scene.mesh.ca_dir())?;
     let stolen = authority.sign(scene.lab.dir(), "stolen", "spiffe://cluster.local/ns/shop/sa/far")?;
     let answer = call(&intruder, &scene.server, Some(&stolen), scene.near.ip())?;
+    assert_eq!(answer["handshake"], true, "{answer}");
     let shown = echo.all_json_with("accepted");
     assert!(shown.is_empty(), "the application was told {shown:?}: {answer}");
     // And asks only for addresses of the pod he has reached.
+    let other = scene.near.serve(&["echo", "--listen", "[::]:7000"])?;
     let open = open_frame(scene.near.addr(7000), SocketAddr::new(intruder.ip(), 40000));
-    let answer = dial(&intruder, &scene.server, Some(&stolen), &["--hex", &open, "--hex", "0268656c6c6f"])?;
-    assert!(shown.is_empty(), "{answer}");
+    let rest = ["--hex", &open, "--hex", "0268656c6c6f", "--limit-ms", "2000"];
+    let answer = dial(&intruder, &scene.server, Some(&stolen), &rest)?;
+    assert!(other.all_json_with("accepted").is_empty(), "{answer}");
     Ok(())
 }
 
@@ -143,7 +146,7 @@ fn nonsense_on_the_tunnel_port_is_survived() -> Result<()> {
         &["--hex", &open, "--hex", "0400"],
     ];
     for args in outside {
-        let answer = dial(&intruder, &scene.server, None, args)?;
+        let answer = dial(&intruder, &scene.server, None, &[args, &["--limit-ms", "15000"]].concat())?;
         assert_ne!(answer["ended"], "timeout", "{args:?}: {answer}");
     }
     for args in inside {
