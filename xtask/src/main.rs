@@ -26,6 +26,8 @@ enum Task {
     Build(build::Build),
     /// Show it at work: two nodes, real applications, an intruder.
     Demo,
+    /// Measure speed and memory beside plain TCP, in the same lab.
+    Bench,
     /// Lint everything, then run every test.
     Test(test::Test),
     /// Formatting and clippy, for the host and for the kernel half.
@@ -37,6 +39,7 @@ fn main() -> Result<()> {
         Task::Setup => setup::run(),
         Task::Build(build) => build.run().map(|path| println!("{}", path.display())),
         Task::Demo => demo::run(),
+        Task::Bench => demo::figures(),
         Task::Test(test) => test.run(),
         Task::Lint => lint::run(),
     }
