@@ -227,6 +227,7 @@ fn a_table_of_modes_has_only_the_ports_that_differ_by_policy() {
         "mtls: {mode: STRICT}, portLevelMtls: {80: {mode: DISABLE}, 81: {mode: UNSET}}",
     ));
     let modes = mesh.policies.modes(mesh.workload("10.0.0.1".parse().unwrap()).unwrap());
+    assert_eq!(modes.to_string(), "STRICT, 80 DISABLE");
     assert_eq!((modes.default, modes.ports), (Strict, [(80, Disable)].into()));
 }
 
