@@ -1,5 +1,7 @@
 //! A directory of manifests that changes under a running mesh.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;

@@ -1,6 +1,8 @@
 //! What a decision costs, and what policies occupy. Figures, not promises: run by hand with
 //! `cargo test --release --test policy_cost -- --ignored --nocapture`.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::hint::black_box;
 use std::net::SocketAddr;
 use std::time::Instant;
@@ -37,6 +39,7 @@ fn decision_time_and_memory() {
                 "istio-system",
             );
             let memory = allocated() - before;
+            drop(policies);
             let last = count - 1;
             // In `spread`, policies of the first namespace and selector: every hundredth.
             let known = if spread { last / 100 * 100 } else { last };
