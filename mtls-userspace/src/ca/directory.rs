@@ -1,0 +1,208 @@
+//! The authority's directory, laid out as Istio's `cacerts`: four PEM files in, or a self-made root out.
+//!
+//! Judges each file by itself and the key against its certificate; whether the whole leads to a root is tried by
+//! signing. Never changes a directory that has any of the files.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use rcgen::{KeyPair, PublicKeyData};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use zeroize::{Zeroize, Zeroizing};
+
+use super::authority::SigningKey;
+use super::{CertificateAuthority, Error};
+use crate::identity::{Certificate, pem_certificates, to_pem};
+
+const SIGNER: &str = "ca-cert.pem";
+const KEY: &str = "ca-key.pem";
+const CHAIN: &str = "cert-chain.pem";
+const ROOTS: &str = "root-cert.pem";
+
+/// What a directory holds.
+pub(super) struct Stored {
+    pub signer: CertificateDer<'static>,
+    pub key: SigningKey,
+    /// From the signing certificate towards the root, roots left out.
+    pub intermediates: Vec<CertificateDer<'static>>,
+    pub roots: Vec<CertificateDer<'static>>,
+}
+
+/// `None` when the directory has none of the files, or doesn't exist.
+pub(super) fn read(dir: &Path) -> Result<Option<Stored>, Error> {
+    let mut found = Vec::new();
+    let mut missing = Vec::new();
+    for name in [SIGNER, KEY, CHAIN, ROOTS] {
+        let path = dir.join(name);
+        let there = path.try_exists().map_err(|source| Error::File { attempt: "look for", path, source })?;
+        if there { found.push(name) } else { missing.push(name) }
+    }
+    if found.is_empty() {
+        return Ok(None);
+    }
+    if !missing.is_empty() {
+        return Err(Error::Incomplete { dir: dir.into(), found, missing });
+    }
+    let (signer_path, key_path) = (dir.join(SIGNER), dir.join(KEY));
+    let signer = signer(&signer_path)?;
+    let key = key(&key_path)?;
+    let certificate = facts(&signer_path, &signer)?;
+    if key.subject_public_key_info() != certificate.public_key {
+        return Err(Error::KeyMismatch { certificate: signer_path, key: key_path });
+    }
+    let roots = roots(&dir.join(ROOTS))?;
+    let intermediates = intermediates(&dir.join(CHAIN), &signer, &certificate)?;
+    Ok(Some(Stored { signer, key, intermediates, roots }))
+}
+
+/// Stores a self-made root: signing certificate, chain and root are one.
+pub(super) fn write(dir: &Path, root: &CertificateDer<'static>, key: &KeyPair) -> Result<(), Error> {
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|source| Error::File {
+        attempt: "make the CA directory",
+        path: dir.into(),
+        source,
+    })?;
+    let key = Zeroizing::new(key.serialize_pem());
+    let root = to_pem([root]);
+    replace(&dir.join(KEY), key.as_bytes(), 0o600)?;
+    for name in [SIGNER, CHAIN, ROOTS] {
+        replace(&dir.join(name), root.as_bytes(), 0o644)?;
+    }
+    Ok(())
+}
+
+/// Writes a file so that readers see the old content or the new, never a part.
+fn replace(path: &Path, content: &[u8], mode: u32) -> Result<(), Error> {
+    let failed = |source| Error::File { attempt: "write", path: path.into(), source };
+    let name = path.file_name().ok_or_else(|| failed(io::ErrorKind::InvalidFilename.into()))?;
+    let mut hidden = std::ffi::OsString::from(".");
+    hidden.push(name);
+    hidden.push(format!(".{}", std::process::id()));
+    let draft = Draft(path.with_file_name(hidden));
+    let write = || {
+        // A leftover of a process that had this id and was killed.
+        let _ = fs::remove_file(&draft.0);
+        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&draft.0)?;
+        file.set_permissions(fs::Permissions::from_mode(mode))?;
+        file.write_all(content)?;
+        file.sync_all()?;
+        fs::rename(&draft.0, path)
+    };
+    write().map_err(failed)
+}
+
+/// A file on its way to its name; gone if it doesn't get there.
+struct Draft(PathBuf);
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn signer(path: &Path) -> Result<CertificateDer<'static>, Error> {
+    let mut certificates = certificates(path)?;
+    let count = certificates.len();
+    let Some(signer) = certificates.pop().filter(|_| count == 1) else {
+        return Err(Error::SeveralSigners { path: path.into(), count });
+    };
+    let certificate = facts(path, &signer)?;
+    may_sign(path, &certificate)?;
+    valid_now(path, &certificate)?;
+    Ok(signer)
+}
+
+fn roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let roots = certificates(path)?;
+    let mut expired = None;
+    let mut valid = 0;
+    for root in &roots {
+        let certificate = facts(path, root)?;
+        if !certificate.self_issued {
+            return Err(Error::NotARoot { path: path.into(), serial: certificate.serial });
+        }
+        may_sign(path, &certificate)?;
+        match valid_now(path, &certificate) {
+            Ok(()) => valid += 1,
+            Err(error) => {
+                tracing::warn!(%error, serial = certificate.serial, "a root in the bundle is not valid");
+                expired = Some(error);
+            }
+        }
+    }
+    // During a rotation the old root may have run out already; one valid root is enough here.
+    match expired {
+        Some(error) if valid == 0 => Err(error),
+        _ => Ok(roots),
+    }
+}
+
+fn intermediates(
+    path: &Path,
+    signer: &CertificateDer<'static>,
+    facts_of_signer: &Certificate,
+) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let mut intermediates = Vec::new();
+    // Istio's tools write the signing certificate at the head of the chain; others leave it out.
+    if !facts_of_signer.self_issued {
+        intermediates.push(signer.clone());
+    }
+    for link in certificates(path)? {
+        let certificate = facts(path, &link)?;
+        may_sign(path, &certificate)?;
+        if certificate.self_issued || intermediates.contains(&link) {
+            continue;
+        }
+        valid_now(path, &certificate)?;
+        intermediates.push(link);
+    }
+    Ok(intermediates)
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let pem = fs::read(path).map_err(|source| Error::File { attempt: "read", path: path.into(), source })?;
+    pem_certificates(&pem).map_err(|source| Error::Certificates { path: path.into(), source })
+}
+
+fn key(path: &Path) -> Result<SigningKey, Error> {
+    let failed = |source| Error::File { attempt: "read", path: path.into(), source };
+    let invalid = |reason: String| Error::Key { path: path.into(), reason };
+    let mode = fs::metadata(path).map_err(failed)?.permissions().mode();
+    if mode & 0o004 != 0 {
+        tracing::warn!(path = %path.display(), "everybody can read the authority's key: chmod 600");
+    }
+    let pem = Zeroizing::new(fs::read(path).map_err(failed)?);
+    let mut der = PrivateKeyDer::from_pem_slice(&pem).map_err(|error| invalid(error.to_string()))?;
+    let key = KeyPair::try_from(&der);
+    der.zeroize();
+    key.map(SigningKey).map_err(|_| invalid("no ECDSA, RSA or Ed25519 key could be read from it".into()))
+}
+
+fn facts(path: &Path, certificate: &CertificateDer<'_>) -> Result<Certificate, Error> {
+    Certificate::parse(certificate).map_err(|source| Error::Certificates { path: path.into(), source })
+}
+
+fn may_sign(path: &Path, certificate: &Certificate) -> Result<(), Error> {
+    if certificate.authority {
+        return Ok(());
+    }
+    Err(Error::NotAnAuthority { path: path.into(), serial: certificate.serial.clone() })
+}
+
+fn valid_now(path: &Path, certificate: &Certificate) -> Result<(), Error> {
+    let now = SystemTime::now();
+    let Certificate { not_before, not_after, .. } = *certificate;
+    if not_before <= now && now < not_after {
+        return Ok(());
+    }
+    Err(Error::Validity { path: path.into(), not_before, not_after })
+}
+
+/// Writes the public roots for agents; readers see the old file or the new, never a part.
+pub fn write_root_bundle(path: &Path, authority: &CertificateAuthority) -> Result<(), Error> {
+    replace(path, authority.root_bundle().as_bytes(), 0o644)
+}

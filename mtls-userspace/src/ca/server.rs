@@ -1,0 +1,176 @@
+//! The authority's listener: TCP connections in, TLS 1.3 with the authority's own certificate, gRPC out.
+//!
+//! Bounded in connections and in time for each; a caller without a token can cost no more than a handshake.
+
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, SystemTime};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::TlsStream;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::server::Connected;
+
+use super::{CertificateAuthority, Error, Service};
+use crate::identity::wire::istio_certificate_service_server::IstioCertificateServiceServer;
+
+const CONNECTIONS: usize = 1024;
+const HANDSHAKE: Duration = Duration::from_secs(5);
+const REQUEST: Duration = Duration::from_secs(10);
+/// Agents make a connection for each certificate: an old one is idle, and holds a place.
+const CONNECTION_AGE: Duration = Duration::from_secs(300);
+const GRACE: Duration = Duration::from_secs(5);
+const MAX_REQUEST: usize = 64 * 1024;
+
+/// Serves until `shutdown` completes; requests under way are answered. `names` are the DNS names and IP addresses
+/// under which agents reach the listener.
+pub async fn serve(
+    listener: TcpListener,
+    names: Vec<String>,
+    service: Service,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Result<(), Error> {
+    let (connections, accepted) = mpsc::channel(16);
+    let front = Front { authority: service.authority.clone(), names, connections };
+    let service = IstioCertificateServiceServer::new(service).max_decoding_message_size(MAX_REQUEST);
+    let (tell, told) = oneshot::channel::<()>();
+    let server = tonic::transport::Server::builder()
+        .timeout(REQUEST)
+        .max_connection_age(CONNECTION_AGE)
+        .max_connection_age_grace(GRACE)
+        .max_concurrent_streams(64)
+        .http2_keepalive_interval(Some(Duration::from_secs(30)))
+        .add_service(service)
+        .serve_with_incoming_shutdown(ReceiverStream::new(accepted), async {
+            // Closed is as good as told.
+            let _ = told.await;
+        });
+    let end = async {
+        shutdown.await;
+        let _ = tell.send(());
+        tokio::time::sleep(GRACE).await;
+    };
+    tokio::select! {
+        served = server => Ok(served?),
+        accepted = front.accept(listener) => accepted,
+        () = end => Ok(()),
+    }
+}
+
+struct Front {
+    authority: Arc<CertificateAuthority>,
+    names: Vec<String>,
+    connections: mpsc::Sender<io::Result<Connection>>,
+}
+
+impl Front {
+    /// Returns only when the authority can't certify itself.
+    async fn accept(self, listener: TcpListener) -> Result<(), Error> {
+        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        let mut handshakes = JoinSet::new();
+        let (mut tls, mut renewal) = self.tls()?;
+        loop {
+            let Ok(place) = places.clone().acquire_owned().await else { return Ok(()) };
+            let accepted = loop {
+                tokio::select! {
+                    accepted = listener.accept() => break accepted,
+                    () = sleep_until(renewal) => (tls, renewal) = self.tls()?,
+                    Some(_) = handshakes.join_next() => {}
+                }
+            };
+            match accepted {
+                Ok((tcp, peer)) => {
+                    handshakes.spawn(handshake(tls.clone(), tcp, peer, place, self.connections.clone()));
+                }
+                Err(error) => {
+                    // Out of file descriptors, mostly: give connections time to end.
+                    tracing::warn!(%error, "cannot accept connections to the certificate service");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    }
+
+    /// The listener's TLS with a new certificate, and when to make the next.
+    fn tls(&self) -> Result<(TlsAcceptor, SystemTime), Error> {
+        let certificate = self.authority.sign_server(&self.names)?;
+        let now = SystemTime::now();
+        let left = certificate.not_after.duration_since(now).unwrap_or_default();
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let mut config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .with_no_client_auth()
+            .with_single_cert(certificate.chain, certificate.key.into())?;
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Ok((TlsAcceptor::from(Arc::new(config)), now + (left / 2).max(Duration::from_secs(1))))
+    }
+}
+
+async fn handshake(
+    tls: TlsAcceptor,
+    tcp: TcpStream,
+    peer: SocketAddr,
+    place: OwnedSemaphorePermit,
+    connections: mpsc::Sender<io::Result<Connection>>,
+) {
+    // Answers are one small write; nothing waits for a second.
+    let _ = tcp.set_nodelay(true);
+    match tokio::time::timeout(HANDSHAKE, tls.accept(tcp)).await {
+        Ok(Ok(stream)) => {
+            // Fails when the server is stopping, and then the connection may go.
+            let _ = connections.send(Ok(Connection { stream, peer, _place: place })).await;
+        }
+        Ok(Err(error)) => tracing::debug!(%peer, %error, "TLS handshake with a caller failed"),
+        Err(_) => tracing::debug!(%peer, "TLS handshake with a caller took too long"),
+    }
+}
+
+async fn sleep_until(at: SystemTime) {
+    // By the wall clock, in steps: the monotonic clock stands still while a machine is suspended.
+    while let Ok(left) = at.duration_since(SystemTime::now()) {
+        tokio::time::sleep(left.min(Duration::from_secs(60))).await;
+    }
+}
+
+/// A TLS connection in its place among the permitted ones.
+struct Connection {
+    stream: TlsStream<TcpStream>,
+    peer: SocketAddr,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Connected for Connection {
+    type ConnectInfo = SocketAddr;
+
+    fn connect_info(&self) -> SocketAddr {
+        self.peer
+    }
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,178 @@
+//! The admin API: metrics and health over TCP for scrapers and probes, everything over a unix socket for the node's
+//! own tools.
+//!
+//! What TCP shows is meant for anybody who can reach the address; connections and certificates are not.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::pin::pin;
+use std::time::Duration;
+
+use axum::extract::{Query, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Json, Router};
+use serde::Deserialize;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::watch;
+
+use super::exposition::{Format, as_prometheus_text};
+use super::socket::{self, SocketFile};
+use super::{ConnectionRows, Error, IdentityRow, Observer, PodRow, Readiness, Status};
+
+/// Connections that `/status` and, unless told otherwise, `/connections` list.
+const SHOWN: usize = 100;
+const MOST_SHOWN: usize = 10_000;
+/// How long answers under way may take once the agent stops.
+const LAST_ANSWERS: Duration = Duration::from_secs(2);
+
+/// The admin API's listeners, bound but not yet answering.
+#[derive(Debug)]
+pub struct Admin {
+    tcp: Option<TcpListener>,
+    unix: Option<(UnixListener, SocketFile)>,
+}
+
+#[derive(Clone)]
+struct Shared {
+    observer: Observer,
+    readiness: Readiness,
+}
+
+impl Admin {
+    /// Takes the addresses, so that what is taken already is known before anything else starts.
+    ///
+    /// # Errors
+    ///
+    /// A taken port, a socket on which an agent answers, a file that is no socket, or what the system says.
+    pub async fn bind(tcp: Option<SocketAddr>, unix: Option<&Path>) -> Result<Self, Error> {
+        let tcp = match tcp {
+            Some(address) => {
+                Some(TcpListener::bind(address).await.map_err(|source| Error::Listen { address, source })?)
+            }
+            None => None,
+        };
+        let unix = unix.map(socket::bind).transpose()?;
+        Ok(Self { tcp, unix })
+    }
+
+    /// The TCP address in use, its port chosen by the system if 0 was asked for.
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.tcp.as_ref()?.local_addr().ok()
+    }
+
+    /// Answers until `shutdown`, then finishes what is under way and removes the socket.
+    ///
+    /// # Errors
+    ///
+    /// When a listener stops for another reason.
+    pub async fn serve(
+        self,
+        observer: Observer,
+        readiness: Readiness,
+        shutdown: impl Future<Output = ()>,
+    ) -> Result<(), Error> {
+        let shared = Shared { observer, readiness };
+        let (stop, stopping) = watch::channel(());
+        let stopped = |mut stopping: watch::Receiver<()>| async move {
+            let _ = stopping.changed().await;
+        };
+        let tcp = async {
+            let Some(listener) = self.tcp else { return Ok(()) };
+            let service = axum::serve(listener, public(shared.clone()));
+            service.with_graceful_shutdown(stopped(stopping.clone())).await
+        };
+        let unix = async {
+            let Some((listener, _file)) = self.unix else { return Ok(()) };
+            let service = axum::serve(listener, local(shared.clone()));
+            service.with_graceful_shutdown(stopped(stopping.clone())).await
+        };
+        let mut serving = pin!(async { tokio::try_join!(tcp, unix) });
+        let mut shutdown = pin!(shutdown);
+        tokio::select! {
+            ended = &mut serving => {
+                if let Err(source) = ended {
+                    return Err(Error::Serve { source });
+                }
+                // Without a listener there is nothing to do but to wait.
+                shutdown.await;
+            }
+            () = &mut shutdown => {
+                drop(stop);
+                let _ = tokio::time::timeout(LAST_ANSWERS, serving).await;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn public(shared: Shared) -> Router {
+    Router::new()
+        .route("/metrics", get(metrics))
+        .route("/healthz/ready", get(ready))
+        .route("/healthz/live", get(async || "live\n"))
+        .with_state(shared)
+}
+
+fn local(shared: Shared) -> Router {
+    let details = Router::new()
+        .route("/status", get(status))
+        .route("/connections", get(connections))
+        .route("/certs", get(certificates))
+        .route("/pods", get(pods))
+        .with_state(shared.clone());
+    public(shared).merge(details)
+}
+
+async fn metrics(State(shared): State<Shared>, headers: HeaderMap) -> Response {
+    let format = Format::accepted(headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()));
+    // Thousands of label sets take a while to write: not on a thread that others wait for.
+    let text = blocking(move || match format {
+        Format::OpenMetrics => shared.observer.scrape(),
+        Format::Text => as_prometheus_text(&shared.observer.scrape()),
+    });
+    match text.await {
+        Ok(text) => ([(header::CONTENT_TYPE, format.content_type())], text).into_response(),
+        Err(status) => status.into_response(),
+    }
+}
+
+async fn ready(State(shared): State<Shared>) -> Response {
+    let missing = shared.readiness.missing();
+    if missing.is_empty() {
+        return "ready\n".into_response();
+    }
+    let reasons: String = missing.iter().map(|(condition, why)| format!("{condition}: {why}\n")).collect();
+    (StatusCode::SERVICE_UNAVAILABLE, reasons).into_response()
+}
+
+async fn status(State(shared): State<Shared>) -> Result<Json<Status>, StatusCode> {
+    blocking(move || shared.observer.status(&shared.readiness, SHOWN)).await.map(Json)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Limit {
+    limit: Option<usize>,
+}
+
+async fn connections(
+    State(shared): State<Shared>,
+    Query(Limit { limit }): Query<Limit>,
+) -> Result<Json<ConnectionRows>, StatusCode> {
+    let limit = limit.unwrap_or(SHOWN).min(MOST_SHOWN);
+    blocking(move || shared.observer.connection_rows(limit)).await.map(Json)
+}
+
+async fn certificates(State(shared): State<Shared>) -> Result<Json<Vec<IdentityRow>>, StatusCode> {
+    blocking(move || shared.observer.inner.providers.identities()).await.map(Json)
+}
+
+async fn pods(State(shared): State<Shared>) -> Result<Json<Vec<PodRow>>, StatusCode> {
+    blocking(move || shared.observer.inner.providers.pods()).await.map(Json)
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, StatusCode> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
+}

@@ -1,0 +1,76 @@
+//! What other rooms tell when they are asked: closures in, rows out. Until a room is connected, it tells nothing.
+
+use std::fmt;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use super::status::{IdentityRow, MeshRow, PodRow};
+
+type Ask<T> = Arc<dyn Fn() -> T + Send + Sync>;
+
+struct Source<T>(RwLock<Option<Ask<T>>>);
+
+impl<T> Default for Source<T> {
+    fn default() -> Self {
+        Self(RwLock::new(None))
+    }
+}
+
+impl<T> Source<T> {
+    fn set(&self, ask: Ask<T>) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(ask);
+    }
+
+    fn ask(&self) -> Option<T> {
+        // Cloned, so that no lock is held while a room answers.
+        let ask = self.0.read().unwrap_or_else(PoisonError::into_inner).clone()?;
+        Some(ask())
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Providers {
+    identities: Source<Vec<IdentityRow>>,
+    pods: Source<Vec<PodRow>>,
+    mesh: Source<MeshRow>,
+    kernel_counters: Source<Vec<(&'static str, u64)>>,
+}
+
+impl Providers {
+    pub fn set_identities(&self, ask: Ask<Vec<IdentityRow>>) {
+        self.identities.set(ask);
+    }
+
+    pub fn set_pods(&self, ask: Ask<Vec<PodRow>>) {
+        self.pods.set(ask);
+    }
+
+    pub fn set_mesh(&self, ask: Ask<MeshRow>) {
+        self.mesh.set(ask);
+    }
+
+    pub fn set_kernel_counters(&self, ask: Ask<Vec<(&'static str, u64)>>) {
+        self.kernel_counters.set(ask);
+    }
+
+    pub fn identities(&self) -> Vec<IdentityRow> {
+        self.identities.ask().unwrap_or_default()
+    }
+
+    pub fn pods(&self) -> Vec<PodRow> {
+        self.pods.ask().unwrap_or_default()
+    }
+
+    pub fn mesh(&self) -> Option<MeshRow> {
+        self.mesh.ask()
+    }
+
+    pub fn kernel_counters(&self) -> Vec<(&'static str, u64)> {
+        self.kernel_counters.ask().unwrap_or_default()
+    }
+}
+
+impl fmt::Debug for Providers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Providers").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,224 @@
+//! What the admin socket answers: rows that rooms provide and rows made from open connections, as JSON has them.
+//!
+//! `mtls status` reads the same types back. Nothing secret is in them.
+
+use std::collections::BTreeMap;
+use std::time::SystemTime;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::connections::Open;
+use super::flow::{Flow, Party};
+use crate::identity::{Identity, IdentityStatus};
+
+/// One agent, at one moment.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct Status {
+    pub agent: AgentRow,
+    pub mesh: MeshRow,
+    pub pods: Vec<PodRow>,
+    pub certificates: Vec<IdentityRow>,
+    pub connections: ConnectionRows,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct AgentRow {
+    pub version: String,
+    pub node: String,
+    pub pid: u32,
+    pub started: Timestamp,
+    pub uptime_seconds: u64,
+    pub ready: bool,
+    /// Condition → why it is not met.
+    pub missing: BTreeMap<String, String>,
+    pub resident_bytes: Option<u64>,
+    pub cpu_seconds: Option<f64>,
+}
+
+/// The mesh snapshot in force.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct MeshRow {
+    pub generation: u64,
+    pub workloads: u64,
+    /// Why the newest configuration is not in force; absent when it is.
+    pub last_error: Option<String>,
+    /// Configurations refused since the agent started.
+    pub errors: u64,
+}
+
+/// A pod of this node that is to be enrolled.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct PodRow {
+    pub namespace: String,
+    pub name: String,
+    /// SPIFFE ID.
+    pub identity: String,
+    pub addresses: Vec<String>,
+    pub enrolment: Enrolment,
+    /// The effective PeerAuthentication modes, for people: `STRICT`, or `STRICT, 8080 PERMISSIVE`.
+    pub mode: Option<String>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum Enrolment {
+    Enrolled,
+    /// Listeners or kernel state are being set up.
+    Pending,
+    Failed {
+        reason: String,
+    },
+}
+
+/// One identity that this node speaks for.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct IdentityRow {
+    /// SPIFFE ID.
+    pub identity: String,
+    pub serial: Option<String>,
+    pub not_before: Option<Timestamp>,
+    pub not_after: Option<Timestamp>,
+    pub next_renewal: Option<Timestamp>,
+    pub last_error: Option<String>,
+    pub renewals: u64,
+    pub failures: u64,
+    /// Intermediates of the chain and roots of the bundle.
+    pub issuers: Vec<IssuerRow>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct IssuerRow {
+    pub role: IssuerRole,
+    pub subject: String,
+    pub serial: String,
+    pub not_after: Timestamp,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum IssuerRole {
+    Intermediate,
+    Root,
+}
+
+impl IdentityRow {
+    /// The row of an identity from what its room says, and from the certificates in force if there are any.
+    pub fn new(status: &IdentityStatus, current: Option<&Identity>) -> Self {
+        let at = |time: Option<SystemTime>| time.and_then(|time| Timestamp::try_from(time).ok());
+        let issuers = current.map_or_else(Vec::new, |identity| {
+            let intermediates = identity.svid.chain.iter().skip(1);
+            let intermediates =
+                intermediates.filter_map(|der| IssuerRow::parse(IssuerRole::Intermediate, der));
+            let roots = identity.bundle.roots.iter();
+            intermediates.chain(roots.filter_map(|der| IssuerRow::parse(IssuerRole::Root, der))).collect()
+        });
+        Self {
+            identity: status.id.to_string(),
+            serial: status.serial.clone(),
+            not_before: at(status.not_before),
+            not_after: at(status.not_after),
+            next_renewal: at(status.next_renewal),
+            last_error: status.last_error.clone(),
+            renewals: status.renewals,
+            failures: status.failures,
+            issuers,
+        }
+    }
+}
+
+impl IssuerRow {
+    fn parse(role: IssuerRole, der: &[u8]) -> Option<Self> {
+        let (_, certificate) = x509_parser::parse_x509_certificate(der).ok()?;
+        Some(Self {
+            role,
+            subject: certificate.subject().to_string(),
+            serial: certificate.raw_serial().iter().map(|byte| format!("{byte:02X}")).collect(),
+            not_after: Timestamp::from_second(certificate.validity().not_after.timestamp()).ok()?,
+        })
+    }
+}
+
+/// Open connections: the newest up to a limit, and how many there are.
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+pub struct ConnectionRows {
+    /// Open now, by direction and path.
+    pub open: Vec<OpenCount>,
+    pub opened_total: u64,
+    pub refused_total: u64,
+    /// Newest first; not all of them when `open` adds up to more.
+    pub newest: Vec<ConnectionRow>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct OpenCount {
+    pub direction: String,
+    pub path: String,
+    pub count: u64,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ConnectionRow {
+    pub id: u64,
+    pub direction: String,
+    pub path: String,
+    pub source: PartyRow,
+    pub destination: PartyRow,
+    pub original_destination: Option<String>,
+    pub service: Option<String>,
+    pub cipher: Option<String>,
+    /// Source to destination.
+    pub bytes_sent: u64,
+    /// Destination to source.
+    pub bytes_received: u64,
+    pub age_seconds: f64,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PartyRow {
+    pub address: String,
+    /// `namespace/name`.
+    pub workload: Option<String>,
+    /// SPIFFE ID, as it was proven.
+    pub identity: Option<String>,
+}
+
+impl PartyRow {
+    fn new(address: String, party: &Party) -> Self {
+        Self {
+            address,
+            workload: party.workload.as_ref().map(|workload| workload.key()),
+            identity: party.identity.as_ref().map(ToString::to_string),
+        }
+    }
+}
+
+impl ConnectionRow {
+    pub(super) fn new(open: &Open) -> Self {
+        let Flow {
+            direction,
+            path,
+            source,
+            destination,
+            original_dst,
+            address,
+            original_src,
+            service,
+            cipher,
+        } = &open.flow;
+        let (bytes_sent, bytes_received) = (open.progress.sent(), open.progress.received());
+        Self {
+            id: open.id,
+            direction: direction.as_str().to_owned(),
+            path: path.as_str().to_owned(),
+            source: PartyRow::new(original_src.to_string(), source),
+            destination: PartyRow::new(address.to_string(), destination),
+            original_destination: original_dst.map(|dst| dst.to_string()),
+            service: service.as_deref().map(str::to_owned),
+            cipher: cipher.map(str::to_owned),
+            bytes_sent,
+            bytes_received,
+            age_seconds: (open.age().as_secs_f64() * 1000.0).round() / 1000.0,
+        }
+    }
+}
