@@ -183,7 +183,7 @@ fn provide(
             generation: mesh.generation,
             workloads: mesh.workloads.len() as u64,
             last_error: source.last_error(),
-            errors: source.refused(),
+            errors: source.errors(),
         }
     }));
 }

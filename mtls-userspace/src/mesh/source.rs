@@ -42,7 +42,7 @@ struct Shared {
     current: ArcSwap<Mesh>,
     generation: watch::Sender<u64>,
     last_error: ArcSwapOption<String>,
-    refused: AtomicU64,
+    errors: AtomicU64,
 }
 
 impl Source {
@@ -72,7 +72,7 @@ impl Source {
             current: ArcSwap::from_pointee(mesh),
             generation: watch::Sender::new(1),
             last_error: ArcSwapOption::empty(),
-            refused: AtomicU64::new(0),
+            errors: AtomicU64::new(0),
         });
         let directory = follower.directory.clone();
         let following = {
@@ -99,9 +99,9 @@ impl Source {
         self.shared.last_error.load().as_deref().cloned()
     }
 
-    /// Changes refused since the start.
-    pub fn refused(&self) -> u64 {
-        self.shared.refused.load(Ordering::Relaxed)
+    /// How many changes were refused since the start.
+    pub fn errors(&self) -> u64 {
+        self.shared.errors.load(Ordering::Relaxed)
     }
 }
 
@@ -160,7 +160,7 @@ impl Follower {
                     let error = error.to_string();
                     if self.refused.as_ref() != Some(&error) {
                         tracing::error!(error, "manifests refused; the last good state stays in force");
-                        shared.refused.fetch_add(1, Ordering::Relaxed);
+                        shared.errors.fetch_add(1, Ordering::Relaxed);
                         shared.last_error.store(Some(Arc::new(error.clone())));
                         self.refused = Some(error);
                     }
