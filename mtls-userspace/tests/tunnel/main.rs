@@ -1,5 +1,6 @@
 //! Tunnels and relays between real sockets: what an application sees, and what a peer that lies gets.
 
+mod foreign;
 mod interop;
 mod refusals;
 mod resets;

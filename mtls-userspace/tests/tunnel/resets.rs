@@ -41,14 +41,20 @@ async fn a_reset_arrives_as_a_reset_in_both_directions() {
     let (near, mut far) = soon(agents.connect()).await;
     reset(near);
     must_be_reset(&mut far).await;
-    assert!(matches!(soon(agents.client_reports.recv()).await.unwrap().end, End::AppReset));
-    assert!(matches!(soon(agents.server_reports.recv()).await.unwrap().end, End::PeerReset));
+    let end = soon(agents.client_reports.recv()).await.unwrap().end;
+    assert!(matches!(end, End::AppReset), "{end:?}");
+    let end = soon(agents.server_reports.recv()).await.unwrap().end;
+    assert!(matches!(end, End::PeerReset), "{end:?}");
 
-    let (mut near, far) = soon(agents.connect()).await;
+    let (mut near, mut far) = soon(agents.connect()).await;
+    near.write_all(b"x").await.unwrap();
+    soon(far.read_exact(&mut [0])).await.unwrap();
     reset(far);
     must_be_reset(&mut near).await;
-    assert!(matches!(soon(agents.client_reports.recv()).await.unwrap().end, End::PeerReset));
-    assert!(matches!(soon(agents.server_reports.recv()).await.unwrap().end, End::AppReset));
+    let end = soon(agents.client_reports.recv()).await.unwrap().end;
+    assert!(matches!(end, End::PeerReset), "{end:?}");
+    let end = soon(agents.server_reports.recv()).await.unwrap().end;
+    assert!(matches!(end, End::AppReset), "{end:?}");
 }
 
 #[tokio::test]
@@ -142,8 +148,10 @@ async fn a_revoked_connection_is_reset_at_both_ends() {
     agents.revoke.notify_waiters();
     must_be_reset(&mut near).await;
     must_be_reset(&mut far).await;
-    assert!(matches!(soon(agents.server_reports.recv()).await.unwrap().end, End::Revoked));
-    assert!(matches!(soon(agents.client_reports.recv()).await.unwrap().end, End::PeerReset));
+    let end = soon(agents.server_reports.recv()).await.unwrap().end;
+    assert!(matches!(end, End::Revoked), "{end:?}");
+    let end = soon(agents.client_reports.recv()).await.unwrap().end;
+    assert!(matches!(end, End::PeerReset), "{end:?}");
 }
 
 /// An application's sockets on both sides of a plain relay, and the relay's report.
@@ -154,9 +162,8 @@ async fn through_plain() -> (TcpStream, TcpStream, tokio::task::JoinHandle<End>)
     let (a, _) = left.accept().await.unwrap();
     let b = TcpStream::connect(right_address).await.unwrap();
     let (far, _) = right.accept().await.unwrap();
-    let relay = tokio::spawn(async move {
-        plain(&a, &b, &Progress::default(), std::future::pending()).await.end
-    });
+    let relay =
+        tokio::spawn(async move { plain(&a, &b, &Progress::default(), std::future::pending()).await.end });
     (near, far, relay)
 }
 

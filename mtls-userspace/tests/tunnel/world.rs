@@ -72,7 +72,9 @@ impl Ca {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.subject_alt_names = vec![SanType::URI(id.try_into().unwrap())];
         if leaf.second_uri {
-            params.subject_alt_names.push(SanType::URI("spiffe://cluster.local/ns/a/sa/b".try_into().unwrap()));
+            params
+                .subject_alt_names
+                .push(SanType::URI("spiffe://cluster.local/ns/a/sa/b".try_into().unwrap()));
         }
         params.extended_key_usages = if leaf.wrong_usage {
             vec![ExtendedKeyUsagePurpose::CodeSigning]
