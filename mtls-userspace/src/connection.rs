@@ -125,7 +125,8 @@ async fn through_tunnel(
         address: SocketAddr::new(address.ip(), capture::TUNNEL_PORT),
         open: tunnel::Open::new(address, captured.source),
     };
-    let dial = || pod.socket.socket(target.address);
+    let tunnel_port = target.address;
+    let dial = || pod.socket.socket(tunnel_port);
     match worker.connector.open(target, dial).await {
         Ok(mut stream) => {
             flow.cipher = stream.cipher().suite().as_str();
@@ -279,7 +280,8 @@ struct Captured {
 impl Captured {
     fn identify(worker: &Worker, pod: &Pod, app: &TcpStream) -> Result<Self, capture::Error> {
         let peer = app.peer_addr().map_err(capture::Error::from)?;
-        let destination = pod.socket.original_destination(peer)?;
+        let local = app.local_addr().map_err(capture::Error::from)?;
+        let destination = pod.socket.original_destination(peer, local)?;
         capture::loopback_leg(app, worker.congestion.as_deref());
         Ok(Self { workload: pod.workload.load_full(), source: OriginalSrc::new(peer), destination })
     }

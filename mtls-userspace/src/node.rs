@@ -66,7 +66,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
                 acceptor: tunnel::Acceptor::new(tunnel.clone()),
                 observer: observer.clone(),
                 same_node: config.same_node,
-                congestion: config.loopback_congestion.name(),
+                congestion: config.loopback_congestion.clone(),
             };
             let working = drain.working().context("draining already")?;
             worker::start(index, Arc::new(worker), working).context("data thread")
@@ -214,7 +214,11 @@ async fn wait_for_signal() -> anyhow::Result<()> {
 
 /// Counts plaintext that the kernel half decided alone.
 async fn watch_kernel(mut events: capture::Events, source: mesh::Source, observer: Observer) {
-    while let Some(event) = events.next().await {
+    loop {
+        let event = match events.next().await {
+            Ok(event) => event,
+            Err(error) => return tracing::error!(%error, "the kernel's events can no longer be read: plaintext goes uncounted"),
+        };
         let mesh = source.current();
         let Some(destination) = mesh.workload(event.local.ip()) else { continue };
         let outcome = match event.kind {

@@ -1,5 +1,7 @@
 //! Manifests that can't be understood: the error names the place and the remedy.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use mtls::mesh::{Mesh, Objects, Settings};
 
 fn settings() -> Settings {
@@ -254,4 +256,26 @@ fn json_is_accepted_with_tabs_and_several_documents() {
         error,
         "a.json, document 1: not valid YAML or JSON: EOF while parsing a value at line 1 column 15; correct the syntax"
     );
+}
+
+proptest::proptest! {
+    /// Whatever stands in a manifest, the answer is objects or an error that names the file.
+    #[test]
+    fn no_text_is_too_strange(
+        after in "[ -~\\n]{0,40}",
+        mode in "[ -~]{0,12}",
+        port in "[ -~]{0,8}",
+        block in "[0-9a-f:./*]{0,20}",
+    ) {
+        let manifest = format!(
+            "{{apiVersion: security.istio.io/v1, kind: PeerAuthentication, metadata: {{name: p}}, \
+             spec: {{selector: {{matchLabels: {{a: b}}}}, mtls: {{mode: {mode}}}, portLevelMtls: {{{port}: {{}}}}}}}}\n---\n\
+             {{apiVersion: security.istio.io/v1, kind: AuthorizationPolicy, metadata: {{name: p}}, spec: {{rules: \
+             [{{from: [{{source: {{ipBlocks: ['{block}'], principals: ['{block}'], serviceAccounts: ['{block}']}}}}]}}]}}}}\n---\n{after}\n"
+        );
+        if let Err(error) = Objects::from_yaml("a.yaml", &manifest) {
+            let error = error.to_string();
+            proptest::prop_assert!(error.contains("a.yaml, document "), "{}", error);
+        }
+    }
 }

@@ -1,5 +1,7 @@
 //! A directory of manifests that changes under a running mesh.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
@@ -93,6 +95,7 @@ fn a_broken_file_keeps_the_last_snapshot_and_a_fix_recovers() {
     let generations = source.subscribe();
     let strict = |mesh: Arc<Mesh>| mesh.policies.mode(&mesh.workloads[0], 80) == Mode::Strict;
     assert!(strict(source.current()));
+    assert_eq!(source.errors(), 0);
 
     fs::write(&file, pod("a", "10.0.0.1") + &mode("STRIKT")).unwrap();
     soon("the error", || source.last_error().is_some());
@@ -102,6 +105,7 @@ fn a_broken_file_keeps_the_last_snapshot_and_a_fix_recovers() {
         file.display()
     );
     assert_eq!(source.last_error().unwrap(), expected);
+    assert_eq!(source.errors(), 1);
     assert!(strict(source.current()), "the last good snapshot stays in force");
     assert_eq!((source.current().generation, *generations.borrow()), (1, 1));
 

@@ -1,5 +1,7 @@
 //! Where a dialled address leads: manifests in, destinations out.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 

@@ -1,5 +1,7 @@
 //! The rules of `AuthorizationPolicy` at L4, a row each.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::net::{IpAddr, SocketAddr};
 
 use mtls::identity::SpiffeId;

@@ -1,5 +1,7 @@
 //! The rules of `PeerAuthentication`, a row each.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use mtls::mesh::{Mesh, Objects, Settings};
 use mtls::policy::Mode::{self, Disable, Permissive, Strict};
 
@@ -53,14 +55,16 @@ fn created(namespace: &str, name: &str, at: &str, spec: &str) -> String {
 const OLD: &str = "2025-01-01T00:00:00Z";
 const NEW: &str = "2026-01-01T00:00:00Z";
 
+/// (rule, policies, (pod, port, mode)...)
+type Row = (&'static str, String, Vec<(&'static str, u16, Mode)>);
+
 #[test]
 fn every_rule_of_the_effective_mode() {
     const ROOT: &str = "istio-system";
     let strict = "{mtls: {mode: STRICT}}";
     let permissive = "{mtls: {mode: PERMISSIVE}}";
     let web = |mode: &str| format!("{{selector: {{matchLabels: {{app: web}}}}, mtls: {{mode: {mode}}}}}");
-    // (rule, policies, (pod, port, mode)...)
-    let rows: Vec<(&str, String, Vec<(&str, u16, Mode)>)> = vec![
+    let rows: Vec<Row> = vec![
         ("without policies PERMISSIVE", String::new(), vec![("10.0.0.1", 80, Permissive)]),
         (
             "a mesh policy is everybody's",
@@ -227,6 +231,7 @@ fn a_table_of_modes_has_only_the_ports_that_differ_by_policy() {
         "mtls: {mode: STRICT}, portLevelMtls: {80: {mode: DISABLE}, 81: {mode: UNSET}}",
     ));
     let modes = mesh.policies.modes(mesh.workload("10.0.0.1".parse().unwrap()).unwrap());
+    assert_eq!(modes.to_string(), "STRICT, 80 DISABLE");
     assert_eq!((modes.default, modes.ports), (Strict, [(80, Disable)].into()));
 }
 

@@ -1,5 +1,7 @@
 //! The compiled engine decides as a plain reading of the rules does, on generated policies and connections.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
@@ -154,7 +156,9 @@ fn asking() -> impl Strategy<Value = Asking> {
 }
 
 /// Namespace, address, labels.
-const PODS: &[(&str, &str, &[(&str, &str)])] = &[
+type Pod = (&'static str, &'static str, &'static [(&'static str, &'static str)]);
+
+const PODS: &[Pod] = &[
     ("a", "10.0.0.1", &[("app", "web"), ("tier", "db")]),
     ("a", "10.0.0.2", &[("app", "db")]),
     ("a", "fd00::1", &[]),

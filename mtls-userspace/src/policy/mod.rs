@@ -64,6 +64,7 @@ impl fmt::Display for Mode {
     }
 }
 
+/// As in `STRICT` or `STRICT, 8080 PERMISSIVE`.
 impl fmt::Display for PortModes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.default)?;

@@ -119,14 +119,6 @@ struct Relay<'a> {
     rejection: Option<Rejection>,
 }
 
-/// Which way application bytes went.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
-    FromApp,
-    ToApp,
-}
-use Way::{FromApp, ToApp};
-
 type Step = Poll<Result<(), End>>;
 
 impl Relay<'_> {
@@ -271,19 +263,11 @@ impl Relay<'_> {
             Err(_) => self.app_failed = true,
         }
         self.up.turn += total;
-        self.count(FromApp, total);
+        // The application is the connection's source where the tunnel's client is.
+        if self.codec.order.is_client() { self.progress.add_sent(total) } else { self.progress.add_received(total) }
         self.up.end = end;
         self.up.buffer = Some(buffer);
         Ok(true)
-    }
-
-    /// Counts as the connection's source sees it: the application is the source where the tunnel's client is.
-    fn count(&self, way: Way, n: usize) {
-        if (way == FromApp) == self.codec.order.is_client() {
-            self.progress.add_sent(n);
-        } else {
-            self.progress.add_received(n);
-        }
     }
 
     fn seal_fin(&mut self) -> Result<(), End> {
@@ -381,7 +365,7 @@ impl Relay<'_> {
             };
             match written {
                 Ok(n) => {
-                    self.count(ToApp, n);
+                    if self.codec.order.is_client() { self.progress.add_received(n) } else { self.progress.add_sent(n) }
                     self.down.turn += n;
                     let mut offset = self.down.offset + n;
                     while let Some(&(_, length)) = ranges.get(self.down.delivered)

@@ -31,7 +31,7 @@ impl Acceptor {
     /// Shakes hands as `identity`; the peer has then proven who it is.
     pub async fn accept(&self, tcp: TcpStream, identity: &Arc<Identity>) -> Result<ServerTunnel, Error> {
         let config = &*self.config;
-        let configs = config.configs.of(identity)?;
+        let configs = config.tls.of(identity)?;
         socket::prepare_tunnel(&tcp, config.user_timeout)?;
         let shaking = Box::pin(handshake::server(&tcp, identity, &configs, config.rekey_after));
         let established = timeout(config.handshake_timeout, shaking)

@@ -81,6 +81,21 @@ impl Incoming {
         self.start == self.end
     }
 
+    pub fn unread(&self) -> &[u8] {
+        self.buffer.as_ref().and_then(|buffer| buffer.get(self.start..self.end)).unwrap_or_default()
+    }
+
+    /// The first `length` unread bytes.
+    pub fn head(&mut self, length: usize) -> &mut [u8] {
+        let head = self.start..self.start + length;
+        self.buffer.as_mut().and_then(|buffer| buffer.get_mut(head)).unwrap_or_default()
+    }
+
+    pub fn consume(&mut self, length: usize) {
+        self.start = (self.start + length).min(self.end);
+        self.release_if_empty();
+    }
+
     /// Whether no byte more can be received before something is taken out.
     pub fn is_full(&self) -> bool {
         self.start == 0 && self.buffer.as_ref().is_some_and(|buffer| buffer.len() == self.end)

@@ -75,7 +75,7 @@ impl Connector {
         dialled: socket2::Socket,
     ) -> Result<Box<Session>, Error> {
         let config = &*self.config;
-        let configs = config.configs.of(identity)?;
+        let configs = config.tls.of(identity)?;
         let connecting = TcpSocket::from_std_stream(dialled.into()).connect(address);
         let tcp: TcpStream = timeout(config.connect_timeout, connecting)
             .await

@@ -15,7 +15,7 @@ use tokio::net::TcpStream;
 use crate::identity::Identity;
 
 use super::codec::{Codec, Incoming, Kernel};
-use super::record::HEADER;
+use super::record::{HEADER, MAX_RECORD};
 use super::socket;
 use super::tls::{ALPN, Configs};
 use super::verify::{HandshakeFailure, Peer};
@@ -140,27 +140,20 @@ enum Step {
     Transmit,
     Blocked,
     Done,
+    Failed(rustls::Error),
 }
 
 async fn drive<C: Side>(tcp: &TcpStream, connection: &mut C) -> Result<Incoming, Error> {
     let mut incoming = Incoming::default();
-    // Records offered to rustls: one at a time, so that it never takes what follows the handshake; more only while a
-    // handshake message spans them.
-    let mut offered = 1;
+    // What rustls has been shown and not let go of. One record more at a time, so that it never takes what follows
+    // the handshake; never less, because it may refer back to a message it holds in part.
+    let mut window = 0;
     let mut out = Vec::with_capacity(4096);
     loop {
-        let bytes: &mut [u8] = match &mut incoming.buffer {
-            Some(buffer) if connection.handshaking() => {
-                let whole = records(&buffer[incoming.start..incoming.end], offered);
-                &mut buffer[incoming.start..incoming.start + whole]
-            }
-            _ => &mut [],
-        };
-        let offered_bytes = bytes.len();
-        let UnbufferedStatus { discard, state } = connection.process(bytes);
+        let UnbufferedStatus { discard, state } = connection.process(incoming.head(window));
         let step = match state {
             Ok(ConnectionState::EncodeTlsData(mut flight)) => {
-                encode(&mut out, |room| flight.encode(room))?;
+                encode(&mut out, |room| flight.encode(room));
                 Step::Again
             }
             Ok(ConnectionState::TransmitTlsData(flight)) => {
@@ -169,21 +162,11 @@ async fn drive<C: Side>(tcp: &TcpStream, connection: &mut C) -> Result<Incoming,
             }
             Ok(ConnectionState::BlockedHandshake) => Step::Blocked,
             Ok(ConnectionState::WriteTraffic(_)) => Step::Done,
-            Ok(_) => {
-                let source = rustls::Error::PeerMisbehaved(PeerMisbehaved::IllegalMiddleboxChangeCipherSpec);
-                return Err(Error::Handshake { failure: HandshakeFailure::Protocol, source });
-            }
-            Err(source) => {
-                alert(connection, &mut out);
-                let _ = socket::send_all(tcp, &out).await;
-                return Err(Error::Handshake { failure: HandshakeFailure::of(&source), source });
-            }
+            Ok(_) => Step::Failed(rustls::Error::PeerMisbehaved(PeerMisbehaved::TooMuchEarlyDataReceived)),
+            Err(source) => Step::Failed(source),
         };
-        if discard > 0 {
-            incoming.start += discard;
-            offered = 1;
-            incoming.release_if_empty();
-        }
+        incoming.consume(discard);
+        window = window.saturating_sub(discard);
         match step {
             Step::Again => {}
             Step::Transmit => {
@@ -194,76 +177,60 @@ async fn drive<C: Side>(tcp: &TcpStream, connection: &mut C) -> Result<Incoming,
                 }
                 out.clear();
             }
+            Step::Blocked => window += more(tcp, &mut incoming, window).await?,
             Step::Done => return Ok(incoming),
-            Step::Blocked if discard > 0 => {}
-            Step::Blocked => {
-                // Another whole record may complete the message; otherwise more must arrive.
-                let more = incoming.buffer.as_ref().is_some_and(|buffer| {
-                    records(&buffer[incoming.start..incoming.end], offered + 1) > offered_bytes
-                });
-                if offered_bytes > 0 && more {
-                    offered += 1;
-                } else {
-                    if incoming.is_full() {
-                        return Err(Violation::Flight(incoming.end).into());
-                    }
-                    if incoming.fill(tcp).await? == 0 {
-                        return Err(Error::HandshakeCut);
-                    }
-                }
+            Step::Failed(source) => {
+                alert(connection, &mut incoming, window, &mut out);
+                let _ = socket::send_all(tcp, &out).await;
+                return Err(Error::Handshake { failure: HandshakeFailure::of(&source), source });
             }
         }
     }
 }
 
-/// The length of the first `count` whole records in `bytes`, or of fewer if there are fewer.
-fn records(bytes: &[u8], count: usize) -> usize {
-    let mut at = 0;
-    for _ in 0..count {
-        let Some(&[_, _, _, high, low]) = bytes.get(at..).and_then(<[u8]>::first_chunk::<HEADER>) else {
-            break;
-        };
-        let next = at + HEADER + usize::from(u16::from_be_bytes([high, low]));
-        if next > bytes.len() {
-            break;
-        }
-        at = next;
-    }
-    at
-}
-
-fn encode(
-    out: &mut Vec<u8>,
-    mut flight: impl FnMut(&mut [u8]) -> Result<usize, EncodeError>,
-) -> Result<(), Error> {
-    let at = out.len();
-    let mut room = 0;
+/// Waits until a whole record stands behind the first `window` bytes; returns its length.
+async fn more(tcp: &TcpStream, incoming: &mut Incoming, window: usize) -> Result<usize, Error> {
     loop {
-        out.resize(at + room, 0);
-        match flight(&mut out[at..]) {
-            Ok(n) => {
-                out.truncate(at + n);
-                return Ok(());
-            }
-            Err(EncodeError::InsufficientSize(InsufficientSizeError { required_size })) => {
-                room = required_size;
-            }
-            Err(EncodeError::AlreadyEncoded) => {
-                out.truncate(at);
-                return Ok(());
-            }
+        let behind = incoming.unread().get(window..).unwrap_or_default();
+        if let Some(length) = handshake_record(behind) {
+            return Ok(length);
+        }
+        if incoming.is_full() {
+            return Err(Violation::Flight(incoming.unread().len()).into());
+        }
+        if incoming.fill(tcp).await? == 0 {
+            return Err(Error::HandshakeCut);
         }
     }
 }
 
-/// Collects the alert that rustls wants to send after it refused something.
-fn alert<C: Side>(connection: &mut C, out: &mut Vec<u8>) {
-    while let ConnectionState::EncodeTlsData(mut flight) = match connection.process(&mut []).state {
-        Ok(state) => state,
-        Err(_) => return,
-    } {
-        if encode(out, |room| flight.encode(room)).is_err() {
-            return;
-        }
+/// The length of the record at the head of `bytes`, once it is all there. What can't be a record is given to rustls
+/// at once, which knows the alert for it.
+fn handshake_record(bytes: &[u8]) -> Option<usize> {
+    let valid = |&[kind, major, _, high, low]: &[u8; HEADER]| {
+        let length = HEADER + usize::from(u16::from_be_bytes([high, low]));
+        ((20..=23).contains(&kind) && major == 3 && length <= MAX_RECORD).then_some(length)
+    };
+    match bytes.first_chunk::<HEADER>().map(valid)? {
+        Some(length) => (length <= bytes.len()).then_some(length),
+        None => Some(bytes.len()),
+    }
+}
+
+fn encode(out: &mut Vec<u8>, mut flight: impl FnMut(&mut [u8]) -> Result<usize, EncodeError>) {
+    let at = out.len();
+    let mut written = flight(&mut []);
+    if let Err(EncodeError::InsufficientSize(InsufficientSizeError { required_size })) = written {
+        out.resize(at + required_size, 0);
+        written = flight(&mut out[at..]);
+    }
+    out.truncate(at + written.unwrap_or(0));
+}
+
+/// Collects the alert that rustls wants to send after it refused something. Asked once: after that rustls would look
+/// at the refused bytes again.
+fn alert<C: Side>(connection: &mut C, incoming: &mut Incoming, window: usize, out: &mut Vec<u8>) {
+    if let Ok(ConnectionState::EncodeTlsData(mut flight)) = connection.process(incoming.head(window)).state {
+        encode(out, |room| flight.encode(room));
     }
 }

@@ -35,6 +35,7 @@ pub use connector::{Connector, Target};
 pub use frame::{Frame, FrameError, MAX_DETAIL, MAX_TRACE, Open, Order, RejectReason, Rejection, Role};
 pub use record::{ContentType, Opener, RecordError, Sealer, whole_record};
 pub use stream::Stream;
+pub use tls::TlsConfigs;
 pub use verify::{HandshakeFailure, Peer};
 
 pub(crate) use buffer::{Buffer, HEADROOM, SLOT, SLOT_DATA, SLOTS, Size};
@@ -59,7 +60,8 @@ pub struct Config {
     pub idle_total: usize,
     /// Records under one key before a KeyUpdate; AES-GCM is safe to 2^24.
     pub rekey_after: u64,
-    configs: tls::Cache,
+    /// What was built for each identity version.
+    pub tls: TlsConfigs,
 }
 
 impl Default for Config {
@@ -73,7 +75,7 @@ impl Default for Config {
             idle_per_destination: 64,
             idle_total: 1024,
             rekey_after: 1 << 22,
-            configs: tls::Cache::default(),
+            tls: TlsConfigs::default(),
         }
     }
 }

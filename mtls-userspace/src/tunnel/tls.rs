@@ -105,14 +105,14 @@ fn has_aes() -> bool {
 
 /// The current configurations of every identity, shared by all workers.
 #[derive(Debug, Default)]
-pub(crate) struct Cache {
+pub struct TlsConfigs {
     current: ArcSwap<HashMap<SpiffeId, Arc<Configs>>>,
     building: Mutex<()>,
 }
 
-impl Cache {
+impl TlsConfigs {
     /// The configurations of this identity version; built at its first use.
-    pub fn of(&self, identity: &Arc<Identity>) -> Result<Arc<Configs>, Error> {
+    pub(crate) fn of(&self, identity: &Arc<Identity>) -> Result<Arc<Configs>, Error> {
         let known = |configs: &Arc<Configs>| configs.version == identity.version;
         if let Some(configs) = self.current.load().get(&identity.svid.id).filter(|c| known(c)) {
             return Ok(configs.clone());
