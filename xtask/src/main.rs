@@ -5,6 +5,7 @@ mod demo;
 mod lint;
 mod setup;
 mod test;
+mod toolchain;
 
 use std::process::Command;
 

@@ -3,6 +3,7 @@
 //! Quick when nothing is missing. Never starts, stops or reconfigures a service: packages that would start one are
 //! kept from it while they are installed, and one that runs already is left alone.
 
+use std::env;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::{call, cargo, step};
+use crate::{call, cargo, step, toolchain};
 
 /// A file or program that shows whether something is there, and the package that brings it.
 struct Need {
@@ -48,10 +49,10 @@ const POLICY_ASIDE: &str = "/usr/sbin/policy-rc.d.before-mtls-setup";
 pub fn run() -> Result<()> {
     let missing: Vec<&Need> = NEEDS.iter().filter(|need| find(need.what).is_none()).collect();
     let mut packages: Vec<&str> = missing.iter().map(|need| need.package).collect();
-    if !has_bpf_toolchain() {
+    if toolchain::compiler().is_none() {
         packages.extend(BPF_TOOLCHAIN);
     }
-    let needs_linker = find("bpf-linker").is_none();
+    let needs_linker = toolchain::linker().is_none();
     if needs_linker {
         packages.extend(LLVM);
     }
@@ -121,16 +122,6 @@ impl Drop for NoServices {
     }
 }
 
-/// rustup's nightly with the sources of `core`, or Debian's compiled `core` for BPF.
-fn has_bpf_toolchain() -> bool {
-    let toolchains = fs::read_dir(home("RUSTUP_HOME", ".rustup").join("toolchains"));
-    let nightly = toolchains.into_iter().flatten().flatten().any(|toolchain| {
-        toolchain.file_name().to_string_lossy().starts_with("nightly")
-            && toolchain.path().join("lib/rustlib/src/rust/library/core").is_dir()
-    });
-    nightly || Path::new("/usr/lib/rustlib/bpfel-unknown-none/lib").is_dir()
-}
-
 /// clippy and rustfmt, which rustup's minimal profile leaves out.
 fn add_components() -> Result<()> {
     let missing: Vec<&str> = [("cargo-clippy", "clippy"), ("cargo-fmt", "rustfmt")]
@@ -150,23 +141,15 @@ fn add_components() -> Result<()> {
     call(Command::new("rustup").args(["component", "add"]).args(missing))
 }
 
-/// Finds a program where Debian, PostgreSQL and cargo put programs.
+/// Finds a program where Debian, PostgreSQL and rustup put programs.
 fn find(name: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut dirs: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    let path = env::var_os("PATH").unwrap_or_default();
+    let mut dirs: Vec<PathBuf> = env::split_paths(&path).collect();
     dirs.extend(["/usr/sbin", "/sbin"].map(PathBuf::from));
-    dirs.push(home("CARGO_HOME", ".cargo").join("bin"));
+    dirs.extend(env::home_dir().map(|home| home.join(".cargo/bin")));
     let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
     dirs.extend(versions.map(|version| version.path().join("bin")));
     dirs.into_iter().map(|dir| dir.join(name)).find(|path| path.is_file())
-}
-
-/// A tool's directory: its variable, else below the user's home.
-fn home(variable: &str, default: &str) -> PathBuf {
-    match std::env::var_os(variable) {
-        Some(dir) => dir.into(),
-        None => PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(default),
-    }
 }
 
 fn is_root() -> bool {

@@ -1,14 +1,12 @@
 //! Every check there is: set-up, linters, unit tests, and the lab's tests with the real binary.
 
 use std::io::{BufRead, BufReader};
-use std::path::Path;
 use std::process::Stdio;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::build::Build;
-use crate::{cargo, lint, setup, step};
+use crate::{build, call, cargo, lint, setup, step};
 
 #[derive(clap::Args)]
 pub struct Test {
@@ -35,12 +33,14 @@ impl Test {
         let begun = Instant::now();
         setup::run()?;
         step("building");
-        let mtls = Build { release: false }.run()?;
+        build::object()?;
+        // All members at once, as below: cargo would build shared dependencies again for another choice of features.
+        call(cargo().args(["build", "--workspace", "--bins"]))?;
         if !self.no_lint {
             lint::run()?;
         }
         step("testing");
-        let (summary, success) = self.cargo_test(&mtls)?;
+        let (summary, success) = self.cargo_test()?;
         let seconds = begun.elapsed().as_secs();
         println!(
             "── {} passed, {} failed, {} skipped for want of a requirement, in {} min {} s",
@@ -55,10 +55,10 @@ impl Test {
         Ok(())
     }
 
-    fn cargo_test(&self, mtls: &Path) -> Result<(Summary, bool)> {
+    fn cargo_test(&self) -> Result<(Summary, bool)> {
         let mut command = cargo();
         command.args(["test", "--workspace", "--no-fail-fast"]);
-        command.env("MTLS_BIN", mtls).env("RUST_TEST_THREADS", self.threads.to_string());
+        command.env("RUST_TEST_THREADS", self.threads.to_string());
         command.args(&self.filter);
         let mut child = command.stdout(Stdio::piped()).spawn().context("run cargo test")?;
         let output = child.stdout.take().context("cargo test has no output")?;
