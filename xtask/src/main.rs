@@ -1,6 +1,7 @@
 //! Development commands: setup, build, demo, test. Nothing the product needs at run time.
 
 mod build;
+mod toolchain;
 
 use clap::{Parser, Subcommand};
 
