@@ -1,3 +1,6 @@
+use std::fs;
+use std::path::{Path, PathBuf};
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     protobuf()?;
     bpf_object()?;
@@ -16,14 +19,14 @@ fn protobuf() -> Result<(), Box<dyn std::error::Error>> {
 /// MTLS_BPF_OBJECT names. Without one the binary compiles and says so when it starts.
 fn bpf_object() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-env-changed=MTLS_BPF_OBJECT");
-    let built = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bpf/mtls-ebpf.o");
-    let object = std::env::var_os("MTLS_BPF_OBJECT").map_or(built.into(), std::path::PathBuf::from);
+    let built = Path::new("../target/bpf/mtls-ebpf.o");
+    let object = std::env::var_os("MTLS_BPF_OBJECT").map_or(built.into(), PathBuf::from);
     println!("cargo::rerun-if-changed={}", object.display());
-    let bytes = match std::fs::read(&object) {
+    let bytes = match fs::read(&object) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
         Err(error) => return Err(format!("{}: {error}", object.display()).into()),
     };
-    std::fs::write(std::path::Path::new(&std::env::var("OUT_DIR")?).join("mtls-ebpf.o"), bytes)?;
+    fs::write(Path::new(&std::env::var("OUT_DIR")?).join("mtls-ebpf.o"), bytes)?;
     Ok(())
 }
