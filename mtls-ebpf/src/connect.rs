@@ -135,7 +135,8 @@ fn decide(ctx: &SockAddrContext, dst: Endpoint) -> Verdict {
 fn from_pod(ctx: &SockAddrContext, netns: u64, pod: &Pod, dst: Endpoint) -> Verdict {
     // SAFETY: readable context field.
     let sk = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
-    let own = is_loopback(&dst.addr_be) || is_unspecified(&dst.addr_be) || pod_at(&dst.addr_be) == Some(netns);
+    let own =
+        is_loopback(&dst.addr_be) || is_unspecified(&dst.addr_be) || pod_at(&dst.addr_be) == Some(netns);
     if own || !is_captured(&dst.addr_be) {
         forget_capture(sk);
         if !own {
@@ -193,7 +194,10 @@ fn capture(ctx: &SockAddrContext, sk: *mut bpf_sock, pod: &Pod, dst: Endpoint) -
         // SAFETY: the context belongs to a connect hook.
         let outcome = unsafe { bind_source(ctx, &own) };
         if outcome != 0 {
-            warn!(ctx, "binding a captured socket to its pod's address failed ({}): its connect is refused", outcome);
+            warn!(
+                ctx,
+                "binding a captured socket to its pod's address failed ({}): its connect is refused", outcome
+            );
             return None;
         }
     }

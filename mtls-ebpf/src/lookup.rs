@@ -12,8 +12,8 @@ use aya_ebpf::helpers::generated::{bpf_get_prandom_u32, bpf_ktime_get_ns};
 use aya_ebpf::programs::SkLookupContext;
 use mtls_common::counter::Counter;
 use mtls_common::{
-    Endpoint, Event, Flow, ListenerKey, ModeKey, OUTBOUND_PORT, PLAINTEXT_PORT, TRUSTED_FLOW_TTL_NS, TUNNEL_PORT, event,
-    listener, mode,
+    Endpoint, Event, Flow, ListenerKey, ModeKey, OUTBOUND_PORT, PLAINTEXT_PORT, TRUSTED_FLOW_TTL_NS,
+    TUNNEL_PORT, event, listener, mode,
 };
 
 use crate::maps::{LISTENERS, MODES, PODS, TRUSTED, count, emit, is_loopback, mapped, pod_at};
@@ -29,7 +29,8 @@ const NO_REUSEPORT: u64 = 2;
 
 pub fn incoming(ctx: &SkLookupContext) -> u32 {
     // SAFETY: readable fields of the context, word by word.
-    let (protocol, local, remote) = unsafe { ((*ctx.lookup).protocol, local(ctx.lookup), remote(ctx.lookup)) };
+    let (protocol, local, remote) =
+        unsafe { ((*ctx.lookup).protocol, local(ctx.lookup), remote(ctx.lookup)) };
     if protocol != IPPROTO_TCP {
         return PASS;
     }

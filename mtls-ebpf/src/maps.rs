@@ -100,13 +100,9 @@ pub fn write_note(sk: *mut bpf_sock, mut value: Note) -> bool {
     }
     // SAFETY: as in `note`; the storage is only written by the socket's own connect, or before it was accepted.
     unsafe {
-        let note = bpf_sk_storage_get(
-            (&raw const NOTES) as *mut c_void,
-            sk.cast(),
-            (&raw mut value).cast(),
-            CREATE,
-        )
-        .cast::<Note>();
+        let note =
+            bpf_sk_storage_get((&raw const NOTES) as *mut c_void, sk.cast(), (&raw mut value).cast(), CREATE)
+                .cast::<Note>();
         if note.is_null() {
             return false;
         }

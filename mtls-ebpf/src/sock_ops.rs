@@ -8,7 +8,9 @@
 //! Both ends of a leg over loopback get a congestion control that doesn't pace: BBR does, also on loopback.
 
 use aya_ebpf::bindings::{BPF_SOCK_OPS_STATE_CB_FLAG, bpf_sock, bpf_sock_ops};
-use aya_ebpf::helpers::generated::{bpf_get_netns_cookie, bpf_ktime_get_ns, bpf_setsockopt, bpf_sock_ops_cb_flags_set};
+use aya_ebpf::helpers::generated::{
+    bpf_get_netns_cookie, bpf_ktime_get_ns, bpf_setsockopt, bpf_sock_ops_cb_flags_set,
+};
 use aya_ebpf::programs::SockOpsContext;
 use aya_log_ebpf::warn;
 use mtls_common::counter::Counter;
@@ -95,7 +97,10 @@ fn accepted(ctx: &SockOpsContext) {
         count(Counter::Delivered);
     } else {
         count(Counter::Unnamed);
-        warn!(ctx, "no memory for the original source of a delivered connection: its server sees a loopback address");
+        warn!(
+            ctx,
+            "no memory for the original source of a delivered connection: its server sees a loopback address"
+        );
     }
     set_congestion(ctx);
 }
@@ -135,7 +140,13 @@ fn set_congestion(ctx: &SockOpsContext) {
     let name = settings.congestion;
     // SAFETY: a name of sixteen bytes, zero-terminated; the helper copies it. An unknown name leaves the socket as is.
     unsafe {
-        bpf_setsockopt(ctx.ops.cast(), IPPROTO_TCP, TCP_CONGESTION, name.as_ptr().cast_mut().cast(), name.len() as i32)
+        bpf_setsockopt(
+            ctx.ops.cast(),
+            IPPROTO_TCP,
+            TCP_CONGESTION,
+            name.as_ptr().cast_mut().cast(),
+            name.len() as i32,
+        )
     };
 }
 

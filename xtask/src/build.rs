@@ -38,7 +38,10 @@ pub fn object() -> anyhow::Result<PathBuf> {
     let missing = toolchain::missing();
     let Some(compiler) = toolchain::compiler().filter(|_| missing.is_empty()) else {
         let missing: Vec<String> = missing.iter().map(|missing| format!("  {missing}")).collect();
-        bail!("the kernel half can't be built; `cargo xtask setup` installs what is missing:\n{}", missing.join("\n"));
+        bail!(
+            "the kernel half can't be built; `cargo xtask setup` installs what is missing:\n{}",
+            missing.join("\n")
+        );
     };
     let directory = workspace().join("target/bpf");
     let status = compiler

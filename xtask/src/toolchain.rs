@@ -86,7 +86,8 @@ pub fn missing() -> Vec<Missing> {
 /// bpf-linker on the path, or where cargo installs.
 pub fn linker() -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
-    let cargo = env::var_os("CARGO_HOME").map(PathBuf::from).or_else(|| Some(env::home_dir()?.join(".cargo")));
+    let cargo =
+        env::var_os("CARGO_HOME").map(PathBuf::from).or_else(|| Some(env::home_dir()?.join(".cargo")));
     let directories = env::split_paths(&path).chain(cargo.map(|home| home.join("bin")));
     directories.map(|directory| directory.join("bpf-linker")).find(|linker| linker.is_file())
 }
@@ -112,7 +113,13 @@ impl Compiler {
         }
         // What the build of this very program set, or a user for ordinary builds, is wrong for this one: RUSTFLAGS
         // would replace those that the kernel half's own configuration gives.
-        for variable in ["RUSTUP_TOOLCHAIN", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "CARGO_BUILD_TARGET", "RUSTC_WRAPPER"] {
+        for variable in [
+            "RUSTUP_TOOLCHAIN",
+            "RUSTFLAGS",
+            "CARGO_ENCODED_RUSTFLAGS",
+            "CARGO_BUILD_TARGET",
+            "RUSTC_WRAPPER",
+        ] {
             command.env_remove(variable);
         }
         if let Some(directory) = linker().as_deref().and_then(Path::parent) {
@@ -135,9 +142,11 @@ fn has_nightly() -> bool {
 fn has_debian() -> bool {
     let Some(sysroot) = sysroot(&mut Command::new(DEBIAN_RUSTC)) else { return false };
     let libraries = fs::read_dir(sysroot.join("lib/rustlib").join(TARGET).join("lib"));
-    let has_core = libraries.into_iter().flatten().filter_map(Result::ok).any(|entry| {
-        entry.file_name().to_string_lossy().starts_with("libcore-")
-    });
+    let has_core = libraries
+        .into_iter()
+        .flatten()
+        .filter_map(Result::ok)
+        .any(|entry| entry.file_name().to_string_lossy().starts_with("libcore-"));
     has_core && Path::new(DEBIAN_CARGO).exists()
 }
 

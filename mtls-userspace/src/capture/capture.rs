@@ -47,7 +47,10 @@ impl Capture {
         let pins = Pins::create(&config.bpffs)?;
         let _starting = pins.lock()?;
         let Loaded { mut control, flows, events } = kernel::load(&pins)?;
-        control.settings.set(0, settings(host_netns, &congestion), 0).map_err(on(map::SETTINGS, "writing"))?;
+        control
+            .settings
+            .set(0, settings(host_netns, &congestion), 0)
+            .map_err(on(map::SETTINGS, "writing"))?;
         kernel::attach(&control, &pins, &cgroup)?;
         let process = hello(&mut control, &cgroup.path)?;
         forget_dead_agents(&mut control, process)?;
@@ -73,15 +76,23 @@ impl Capture {
         // More first: a prefix that only changes its length is captured all the time.
         for &net in wanted.difference(&captured.clone()) {
             match net {
-                IpNet::V4(v4) => control.captured4.insert(&key4(v4), 1, 0).map_err(on(map::CAPTURED4, "writing"))?,
-                IpNet::V6(v6) => control.captured6.insert(&key6(v6), 1, 0).map_err(on(map::CAPTURED6, "writing"))?,
+                IpNet::V4(v4) => {
+                    control.captured4.insert(&key4(v4), 1, 0).map_err(on(map::CAPTURED4, "writing"))?
+                }
+                IpNet::V6(v6) => {
+                    control.captured6.insert(&key6(v6), 1, 0).map_err(on(map::CAPTURED6, "writing"))?
+                }
             }
             captured.insert(net);
         }
         for net in captured.difference(&wanted).copied().collect::<Vec<_>>() {
             match net {
-                IpNet::V4(v4) => gone(control.captured4.remove(&key4(v4))).map_err(on(map::CAPTURED4, "writing"))?,
-                IpNet::V6(v6) => gone(control.captured6.remove(&key6(v6))).map_err(on(map::CAPTURED6, "writing"))?,
+                IpNet::V4(v4) => {
+                    gone(control.captured4.remove(&key4(v4))).map_err(on(map::CAPTURED4, "writing"))?
+                }
+                IpNet::V6(v6) => {
+                    gone(control.captured6.remove(&key6(v6))).map_err(on(map::CAPTURED6, "writing"))?
+                }
             }
             captured.remove(&net);
         }
@@ -155,7 +166,8 @@ fn settings(host_netns: u64, congestion: &str) -> Settings {
 /// Dials a nonce at an address that leads nowhere. The kernel half refuses exactly that connect, and takes whoever made
 /// it for an agent; if it doesn't, its hooks don't reach this process, and would not tell our sockets from a pod's.
 fn hello(control: &mut Control, cgroup_root: &Path) -> Result<u32, Error> {
-    let address = SocketAddrV4::new(Ipv4Addr::from(0xf000_0000 | rand::random::<u32>()), rand::random::<u16>() | 1);
+    let address =
+        SocketAddrV4::new(Ipv4Addr::from(0xf000_0000 | rand::random::<u32>()), rand::random::<u16>() | 1);
     let nonce = u64::from(u32::from(*address.ip())) << 16 | u64::from(address.port());
     // Connecting a UDP socket sends nothing, even where no hook stops it.
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).map_err(Error::Hello)?;
@@ -175,7 +187,8 @@ fn hello(control: &mut Control, cgroup_root: &Path) -> Result<u32, Error> {
 fn forget_dead_agents(control: &mut Control, own: u32) -> Result<(), Error> {
     const KEPT: usize = 4;
     const INITIAL_PID_NAMESPACE: &str = "pid:[4026531836]";
-    let knows_ids = std::fs::read_link("/proc/self/ns/pid").is_ok_and(|ns| ns.as_os_str() == INITIAL_PID_NAMESPACE);
+    let knows_ids =
+        std::fs::read_link("/proc/self/ns/pid").is_ok_and(|ns| ns.as_os_str() == INITIAL_PID_NAMESPACE);
     let mut agents = control.agents.iter().filter_map(Result::ok).collect::<Vec<_>>();
     agents.sort_by_key(|(process, agent)| (*process != own, u64::MAX - agent.since_ns));
     for (rank, (process, _)) in agents.into_iter().enumerate() {

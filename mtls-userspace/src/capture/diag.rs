@@ -43,7 +43,11 @@ pub(super) struct Tcp {
 impl Diag {
     /// Opens in the calling thread's namespace.
     pub fn open() -> io::Result<Self> {
-        Ok(Self(Socket::new(Domain::from(libc::AF_NETLINK), Type::RAW, Some(Protocol::from(NETLINK_SOCK_DIAG)))?))
+        Ok(Self(Socket::new(
+            Domain::from(libc::AF_NETLINK),
+            Type::RAW,
+            Some(Protocol::from(NETLINK_SOCK_DIAG)),
+        )?))
     }
 
     pub fn listening_ports(&self) -> io::Result<HashSet<u16>> {
@@ -82,7 +86,8 @@ impl Diag {
             self.answers(|kind, payload| match kind {
                 NLMSG_DONE => true,
                 NLMSG_ERROR => {
-                    outcome = Err(error(payload).map_or(io::ErrorKind::InvalidData.into(), io::Error::from_raw_os_error));
+                    outcome = Err(error(payload)
+                        .map_or(io::ErrorKind::InvalidData.into(), io::Error::from_raw_os_error));
                     true
                 }
                 _ => {
@@ -119,7 +124,8 @@ impl Tcp {
         let ip = |at: usize| -> Option<IpAddr> {
             Some(match family {
                 AF_INET => IpAddr::from(Ipv4Addr::from(<[u8; 4]>::try_from(id.get(at..at + 4)?).ok()?)),
-                _ => IpAddr::from(Ipv6Addr::from(<[u8; 16]>::try_from(id.get(at..at + 16)?).ok()?)).to_canonical(),
+                _ => IpAddr::from(Ipv6Addr::from(<[u8; 16]>::try_from(id.get(at..at + 16)?).ok()?))
+                    .to_canonical(),
             })
         };
         Some(Self {

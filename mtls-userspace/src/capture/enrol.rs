@@ -44,7 +44,8 @@ impl Capture {
         }
         let cgroup = pod.cgroup.map(preflight::cgroup_id).transpose()?;
         let found = netns.addresses().map_err(failed("reading its addresses"))?;
-        let sources = sources(pod.addresses, &found).ok_or_else(|| Error::NoAddress { pod: pod.name.into() })?;
+        let sources =
+            sources(pod.addresses, &found).ok_or_else(|| Error::NoAddress { pod: pod.name.into() })?;
 
         let mut state = self.state();
         state.set_cgroup(netns.cookie(), cgroup)?;
@@ -80,7 +81,8 @@ impl State {
             modes.entry(key.netns).or_default().apply(step);
         }
         // Until the pods' owner says otherwise, cgroups known to the earlier agent stay untrusted.
-        let untrusted = control.pod_cgroups.keys().collect::<Result<_, _>>().map_err(on(map::POD_CGROUPS, "reading"))?;
+        let untrusted =
+            control.pod_cgroups.keys().collect::<Result<_, _>>().map_err(on(map::POD_CGROUPS, "reading"))?;
         Ok(Self { captured: captured(&control), control, modes, cgroups: HashMap::new(), untrusted })
     }
 
@@ -113,7 +115,8 @@ impl State {
     fn write_cgroups(&mut self) -> Result<(), Error> {
         let wanted: HashSet<u64> = self.untrusted.iter().chain(self.cgroups.values()).copied().collect();
         let map = &mut self.control.pod_cgroups;
-        let held: HashSet<u64> = map.keys().collect::<Result<_, _>>().map_err(on(map::POD_CGROUPS, "reading"))?;
+        let held: HashSet<u64> =
+            map.keys().collect::<Result<_, _>>().map_err(on(map::POD_CGROUPS, "reading"))?;
         for id in wanted.difference(&held) {
             map.insert(id, 1, 0).map_err(on(map::POD_CGROUPS, "writing"))?;
         }

@@ -136,7 +136,10 @@ struct Open<'a> {
 }
 
 impl Open<'_> {
-    fn hash<K: Plain + Hash, V: Plain>(&mut self, name: &'static str) -> Result<HashMap<MapData, K, V>, Error> {
+    fn hash<K: Plain + Hash, V: Plain>(
+        &mut self,
+        name: &'static str,
+    ) -> Result<HashMap<MapData, K, V>, Error> {
         self.map(name, size_of::<K>(), size_of::<V>())
     }
 
@@ -167,7 +170,8 @@ impl Open<'_> {
 
     fn check(&self, name: &'static str, key: usize, value: usize) -> Result<(), Error> {
         let path = self.pins.map(name);
-        let info = MapInfo::from_pin(&path).map_err(|source| Error::Map { map: name, what: "opening", source })?;
+        let info =
+            MapInfo::from_pin(&path).map_err(|source| Error::Map { map: name, what: "opening", source })?;
         if info.key_size() as usize == key && info.value_size() as usize == value {
             Ok(())
         } else {

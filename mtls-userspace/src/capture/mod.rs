@@ -72,4 +72,3 @@ pub struct Listeners {
     /// Plaintext from outside the pod; the accepted socket's local address is what the client dialled.
     pub plaintext: TcpListener,
 }
-

@@ -71,7 +71,12 @@ impl From<&PortModes> for KernelModes {
         Self {
             default: kernel_mode(modes.default),
             // Port zero is the kernel's key of the default, and no port of TCP.
-            ports: modes.ports.iter().filter(|(port, _)| **port != 0).map(|(port, mode)| (*port, kernel_mode(*mode))).collect(),
+            ports: modes
+                .ports
+                .iter()
+                .filter(|(port, _)| **port != 0)
+                .map(|(port, mode)| (*port, kernel_mode(*mode)))
+                .collect(),
         }
     }
 }

@@ -77,7 +77,8 @@ impl Pins {
                 LinkTarget::Netns { .. } | LinkTarget::Other => return Err(Error::PinnedShape { path }),
             }
         }
-        let link = sys::attach(program, cgroup, attach).map_err(|source| pin_error("attaching", &path, source))?;
+        let link =
+            sys::attach(program, cgroup, attach).map_err(|source| pin_error("attaching", &path, source))?;
         sys::pin(link.as_fd(), &path).map_err(|source| pin_error("pinning", &path, source))
     }
 
@@ -117,7 +118,10 @@ impl Pins {
         let mut cookies = Vec::new();
         for entry in fs::read_dir(&path).map_err(error)? {
             let name = entry.map_err(error)?.file_name();
-            let cookie = name.to_str().and_then(|name| name.strip_prefix(LOOKUP)).and_then(|hex| u64::from_str_radix(hex, 16).ok());
+            let cookie = name
+                .to_str()
+                .and_then(|name| name.strip_prefix(LOOKUP))
+                .and_then(|hex| u64::from_str_radix(hex, 16).ok());
             cookies.extend(cookie);
         }
         Ok(cookies)
@@ -132,7 +136,9 @@ impl Pins {
         for entry in fs::read_dir(&self.bpffs).map_err(error)? {
             let entry = entry.map_err(error)?;
             let is_other = entry.file_name().to_str().is_some_and(|name| {
-                name.strip_prefix(DIRECTORY).and_then(|layout| layout.parse().ok()).is_some_and(|layout: u32| layout != LAYOUT)
+                name.strip_prefix(DIRECTORY)
+                    .and_then(|layout| layout.parse().ok())
+                    .is_some_and(|layout: u32| layout != LAYOUT)
             });
             if is_other {
                 let path = entry.path();

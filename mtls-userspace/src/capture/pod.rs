@@ -58,7 +58,11 @@ impl LocalPod {
     pub fn announce_source(&self, socket: &impl AsRawFd, source: OriginalSrc) -> Result<(), Error> {
         let announce = || {
             let peer = endpoint(source.addr());
-            sys::write_note(self.flows.notes.fd().as_fd(), socket.as_raw_fd(), &Note { kind: note::DELIVERED, peer })?;
+            sys::write_note(
+                self.flows.notes.fd().as_fd(),
+                socket.as_raw_fd(),
+                &Note { kind: note::DELIVERED, peer },
+            )?;
             sys::bind_without_port(socket)?;
             let borrowed = sys::borrow(socket);
             let socket = SockRef::from(&borrowed);
@@ -82,7 +86,8 @@ impl LocalPod {
         for socket in diag.connected().map_err(failed("listing connections"))? {
             let port = socket.local.port();
             if served.contains(&port) && ports(port) && self.is_plaintext(&socket) {
-                let ended = diag.destroy(&socket).map_err(failed("SOCK_DESTROY (needs CONFIG_INET_DIAG_DESTROY)"))?;
+                let ended =
+                    diag.destroy(&socket).map_err(failed("SOCK_DESTROY (needs CONFIG_INET_DIAG_DESTROY)"))?;
                 reset += usize::from(ended);
             }
         }

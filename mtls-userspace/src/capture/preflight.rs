@@ -101,9 +101,14 @@ fn effective_capabilities(status: &str) -> u64 {
 }
 
 pub(super) fn features() -> Result<(), Error> {
-    let missing = |feature: &str, since, remedy| Error::MissingFeature { feature: feature.into(), since, remedy };
+    let missing =
+        |feature: &str, since, remedy| Error::MissingFeature { feature: feature.into(), since, remedy };
     if !aya::features().btf().is_some_and(|_| Path::new("/sys/kernel/btf/vmlinux").exists()) {
-        return Err(missing("BTF (/sys/kernel/btf/vmlinux)", "5.4 with CONFIG_DEBUG_INFO_BTF", "; use a distribution's kernel"));
+        return Err(missing(
+            "BTF (/sys/kernel/btf/vmlinux)",
+            "5.4 with CONFIG_DEBUG_INFO_BTF",
+            "; use a distribution's kernel",
+        ));
     }
     let sock_addr = ProgramType::CgroupSockAddr;
     for (program, feature, since) in [
@@ -117,7 +122,12 @@ pub(super) fn features() -> Result<(), Error> {
     }
     for (program, helper, feature, since) in [
         (sock_addr, BpfHelper::BPF_FUNC_get_current_pid_tgid, "process ids in connect hooks", "5.10"),
-        (sock_addr, BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id, "ancestor cgroups in connect hooks", "5.7"),
+        (
+            sock_addr,
+            BpfHelper::BPF_FUNC_get_current_ancestor_cgroup_id,
+            "ancestor cgroups in connect hooks",
+            "5.7",
+        ),
         (sock_addr, BpfHelper::BPF_FUNC_sk_storage_get, "socket storage in connect hooks", "5.8"),
         (ProgramType::SockOps, BpfHelper::BPF_FUNC_get_netns_cookie, "namespace cookies in sock_ops", "5.15"),
     ] {

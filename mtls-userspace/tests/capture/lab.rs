@@ -188,7 +188,8 @@ fn enter_cgroup(cgroup: &Path) {
 
 fn cgroup2() -> PathBuf {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("cgroup2 is mounted");
+    let mount =
+        mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("cgroup2 is mounted");
     mount.split(' ').nth(1).unwrap().into()
 }
 
@@ -218,7 +219,10 @@ impl Pod {
     /// A process in the pod's cgroup and namespace.
     pub fn spawn(&self, source: &str, arguments: &[&str]) -> Application {
         let mut command = Command::new("nsenter");
-        command.arg(format!("--net={}", self.netns.display())).args(["python3", "-c", source]).args(arguments);
+        command
+            .arg(format!("--net={}", self.netns.display()))
+            .args(["python3", "-c", source])
+            .args(arguments);
         let procs = self.cgroup.join("cgroup.procs");
         // SAFETY: between fork and exec; a write of one byte to a file, no lock and no allocator state of other threads
         // is needed that exec would not replace.
@@ -349,7 +353,8 @@ impl Agent {
         let threads = listeners
             .into_iter()
             .map(|listeners| {
-                let (stop, delivered, routes, pod) = (stop.clone(), delivered.clone(), routes.clone(), pod.clone());
+                let (stop, delivered, routes, pod) =
+                    (stop.clone(), delivered.clone(), routes.clone(), pod.clone());
                 thread::spawn(move || outbound(&listeners, &pod, &routes, &stop, &delivered))
             })
             .collect();
@@ -410,14 +415,22 @@ pub fn deliver(pod: &LocalPod, to: SocketAddr, source: OriginalSrc) -> std::io::
 
 /// Copies both ways, with half-close, on threads that end with the connection.
 fn relay(app: TcpStream, far: TcpStream) {
-    for (mut from, mut to) in [
-        (app.try_clone().unwrap(), far.try_clone().unwrap()),
-        (far, app),
-    ] {
+    for (mut from, mut to) in [(app.try_clone().unwrap(), far.try_clone().unwrap()), (far, app)] {
         from.set_nonblocking(false).unwrap();
         thread::spawn(move || {
             let _ = std::io::copy(&mut from, &mut to);
             let _ = to.shutdown(Shutdown::Write);
         });
+    }
+}
+
+/// The same place under the same name.
+pub fn clone(pod: &Pod) -> Pod {
+    Pod {
+        name: pod.name.clone(),
+        netns: pod.netns.clone(),
+        cgroup: pod.cgroup.clone(),
+        v4: pod.v4,
+        v6: pod.v6,
     }
 }
