@@ -190,15 +190,21 @@ fn provide(
 
 /// Whether an open connection would be refused under this snapshot, and by what.
 fn refused_now(mesh: &Mesh, flow: &observe::Flow) -> Option<Arc<str>> {
-    let judged_here = matches!(flow.direction, observe::Direction::Inbound) || flow.path == observe::Path::SameNode;
-    let destination = flow.destination.workload.as_ref().filter(|_| judged_here)?;
-    // The workload as it is now: its labels may have changed. Gone altogether is for the network to say.
-    let destination = mesh.workload(flow.address.ip()).filter(|now| now.key() == destination.key())?;
+    let destination = flow.destination.workload.as_ref()?;
+    // The workload as it is now: its labels may have changed.
+    let Some(now) = mesh.workload(flow.address.ip()).filter(|now| now.key() == destination.key()) else {
+        return Some("the destination pod is gone".into());
+    };
+    let judged_here = flow.direction == observe::Direction::Inbound || flow.path == observe::Path::SameNode;
+    if !judged_here {
+        return None;
+    }
     let peer = match &flow.source.identity {
         Some(identity) => Peer::Verified(identity),
         None => Peer::Plaintext,
     };
-    let request = Request { destination, address: flow.address, source_ip: flow.original_src.ip(), peer };
+    let request =
+        Request { destination: now, address: flow.address, source_ip: flow.original_src.ip(), peer };
     mesh.policies.authorize(&request).err().map(|denied| denied.to_string().into())
 }
 

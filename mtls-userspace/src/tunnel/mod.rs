@@ -41,7 +41,9 @@ pub use verify::{HandshakeFailure, Peer};
 pub(crate) use buffer::{Buffer, HEADROOM, SLOT, SLOT_DATA, SLOTS, Size};
 pub(crate) use codec::{Codec, MAX_RANGES, Pulled};
 pub(crate) use frame::MAX_DATA;
-pub(crate) use socket::{failed, receive, receive_vectored, reset_on_close, send, send_vectored};
+pub(crate) use socket::{
+    failed, finish_on_close, receive, receive_vectored, reset_on_close, send, send_vectored,
+};
 
 /// Limits and times of the tunnels; shared by all workers, because sessions resume across them.
 #[derive(Debug)]

@@ -120,6 +120,11 @@ pub(crate) fn reset_on_close(socket: &TcpStream) {
     let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
 }
 
+/// Takes [`reset_on_close`] back: what is still unsent is delivered after the close.
+pub(crate) fn finish_on_close(socket: &TcpStream) {
+    let _ = SockRef::from(socket).set_linger(None);
+}
+
 /// Options of a socket that carries a tunnel.
 pub(crate) fn prepare_tunnel(socket: &TcpStream, user_timeout: Duration) -> io::Result<()> {
     let socket = SockRef::from(socket);
