@@ -33,7 +33,8 @@ impl Flow {
     }
 
     pub fn summary(&self) -> String {
-        format!("{}, {} over {} connections", self.session.what, self.session.done, self.connections)
+        let connections = if self.connections == 1 { "connection" } else { "connections" };
+        format!("{}, {} over {} {connections}", self.session.what, self.session.done, self.connections)
     }
 
     fn problems(&self) -> Vec<String> {
@@ -87,7 +88,7 @@ impl fmt::Display for Table {
                 flow.session.what.to_owned(),
                 flow.path().to_owned(),
                 format!("{} → {}", short(&flow.identities[0]), short(&flow.identities[1])),
-                flow.cipher.clone(),
+                flow.cipher.trim_start_matches("TLS13_").replace("none", "–"),
                 human(flow.bytes),
                 flow.session.client_seen.to_string(),
                 wire,

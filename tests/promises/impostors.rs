@@ -126,6 +126,19 @@ fn servers_without_the_destinations_certificate_get_nothing() -> Result<()> {
 }
 
 #[test]
+fn nothing_older_than_tls_1_3_is_spoken() -> Result<()> {
+    needs!(["openssl"]);
+    let scene = Scene::new()?;
+    let to = scene.server.addr(15008).to_string();
+    for (version, spoken) in [("-tls1_3", true), ("-tls1_2", false)] {
+        let hello = ["s_client", "-connect", &to, version, "-alpn", "mtls/1"];
+        let said = scene.near.run("openssl", &hello)?;
+        assert_eq!(said.stdout.contains("BEGIN CERTIFICATE"), spoken, "{version}: {said:?}");
+    }
+    Ok(())
+}
+
+#[test]
 fn nonsense_on_the_tunnel_port_is_survived() -> Result<()> {
     needs!();
     let mut scene = Scene::new()?;
