@@ -92,7 +92,7 @@ async fn same_node(
     };
     let permit = match mesh.policies.authorize(&request) {
         Ok(permit) => permit,
-        Err(denied) => return refuse(worker, app, flow, outcome::denied(&denied)),
+        Err(denied) => return refuse(worker, app, flow, Refusal::Denied(denied)),
     };
     match deliver(worker, &neighbour, address, captured.source, permit).await {
         Ok(far) => {
@@ -117,7 +117,7 @@ async fn through_tunnel(
     let destination = Party { workload: Some(workload), identity: Some(expected.clone()) };
     let mut flow = captured.flow(Path::Tunnel, destination, address, service);
     let Some(identity) = worker.identities.current(&captured.workload.identity) else {
-        return refuse(worker, app, flow, Refusal::NoIdentity);
+        return refuse(worker, app, flow, Refusal::NoCertificate);
     };
     let target = tunnel::Target {
         identity: &identity,
@@ -125,7 +125,8 @@ async fn through_tunnel(
         address: SocketAddr::new(address.ip(), capture::TUNNEL_PORT),
         open: tunnel::Open::new(address, captured.source),
     };
-    let dial = || pod.socket.socket(target.address);
+    let tunnel_port = target.address;
+    let dial = || pod.socket.socket(tunnel_port);
     match worker.connector.open(target, dial).await {
         Ok(mut stream) => {
             flow.cipher = stream.cipher().suite().as_str();
@@ -221,9 +222,9 @@ async fn inbound_stream(worker: &Worker, pod: &Pod, from: SocketAddr, request: t
 
 /// Whether a peer whose identity is proven may have what it asks for.
 fn judge(mesh: &Mesh, flow: &Flow, workload: &Workload, from: SocketAddr) -> Result<Authorized, Refusal> {
-    let (Some(peer), source) = (&flow.source.identity, flow.original_src) else { return Err(Refusal::NoIdentity) };
+    let (Some(peer), source) = (&flow.source.identity, flow.original_src) else { return Err(Refusal::NoCertificate) };
     if !workload.addresses.contains(&flow.address.ip()) {
-        return Err(Refusal::UnknownDestination);
+        return Err(Refusal::WrongPod);
     }
     // The identity is proven, the address only claimed: it must be the tunnel's own or one of that identity's pods.
     let claimed = flow.source.workload.as_ref().is_some_and(|workload| workload.identity == *peer);
@@ -236,7 +237,7 @@ fn judge(mesh: &Mesh, flow: &Flow, workload: &Workload, from: SocketAddr) -> Res
         source_ip: source.ip(),
         peer: Peer::Verified(peer),
     };
-    mesh.policies.authorize(&request).map_err(|denied| outcome::denied(&denied))
+    mesh.policies.authorize(&request).map_err(Refusal::Denied)
 }
 
 /// Plaintext from outside the mesh that policy must judge before the application sees it.
@@ -258,7 +259,7 @@ pub async fn plaintext(worker: Arc<Worker>, pod: Arc<Pod>, client: TcpStream) {
     let request = Request { destination: &workload, address: to, source_ip: from.ip(), peer: Peer::Plaintext };
     let permit = match mesh.policies.authorize(&request) {
         Ok(permit) => permit,
-        Err(denied) => return refuse(&worker, client, flow, outcome::denied(&denied)),
+        Err(denied) => return refuse(&worker, client, flow, Refusal::Denied(denied)),
     };
     match deliver(&worker, &pod, to, flow.original_src, permit).await {
         Ok(app) => {
@@ -279,7 +280,8 @@ struct Captured {
 impl Captured {
     fn identify(worker: &Worker, pod: &Pod, app: &TcpStream) -> Result<Self, capture::Error> {
         let peer = app.peer_addr().map_err(capture::Error::from)?;
-        let destination = pod.socket.original_destination(peer)?;
+        let local = app.local_addr().map_err(capture::Error::from)?;
+        let destination = pod.socket.original_destination(peer, local)?;
         capture::loopback_leg(app, worker.congestion.as_deref());
         Ok(Self { workload: pod.workload.load_full(), source: OriginalSrc::new(peer), destination })
     }

@@ -3,7 +3,7 @@
 //! A pod that can't be enrolled stays fenced by whatever kernel state it already has, is reported by name with the
 //! reason, and is tried again; it is never let out in plaintext because of a mistake here.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -117,13 +117,20 @@ impl Enrolment {
         } else {
             self.prefixes.clone()
         };
-        let cgroups: Vec<PathBuf> = mesh
+        // Beside a pod's cgroup are other pods' (kubepods.slice), also of pods this snapshot does not know yet.
+        let cgroups: BTreeSet<PathBuf> = mesh
             .workloads
             .iter()
             .filter(|workload| workload.node.as_deref() == Some(&self.node))
-            .filter_map(|workload| workload.cgroup.clone())
+            .filter_map(|workload| workload.cgroup.as_deref())
+            .flat_map(|cgroup| {
+                let beside = cgroup.parent().filter(|parent| *parent != self.capture.cgroup_root());
+                [Some(cgroup), beside].into_iter().flatten()
+            })
             .filter(|path| path.exists())
+            .map(PathBuf::from)
             .collect();
+        let cgroups: Vec<PathBuf> = cgroups.into_iter().collect();
         for (what, result) in [
             ("captured addresses", self.capture.set_captured(&prefixes)),
             ("pods' cgroups", self.capture.set_untrusted_cgroups(&cgroups)),

@@ -66,7 +66,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
                 acceptor: tunnel::Acceptor::new(tunnel.clone()),
                 observer: observer.clone(),
                 same_node: config.same_node,
-                congestion: config.loopback_congestion.name(),
+                congestion: config.loopback_congestion.clone(),
             };
             let working = drain.working().context("draining already")?;
             worker::start(index, Arc::new(worker), working).context("data thread")
@@ -103,6 +103,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     capture.shutdown_unregister();
     stop.send_replace(true);
     let _ = tokio::time::timeout(Duration::from_secs(2), admin).await;
+    observer.flush_access_log(Duration::from_secs(1));
     Ok(())
 }
 
@@ -189,15 +190,21 @@ fn provide(
 
 /// Whether an open connection would be refused under this snapshot, and by what.
 fn refused_now(mesh: &Mesh, flow: &observe::Flow) -> Option<Arc<str>> {
-    let judged_here = matches!(flow.direction, observe::Direction::Inbound) || flow.path == observe::Path::SameNode;
-    let destination = flow.destination.workload.as_ref().filter(|_| judged_here)?;
-    // The workload as it is now: its labels may have changed. Gone altogether is for the network to say.
-    let destination = mesh.workload(flow.address.ip()).filter(|now| now.key() == destination.key())?;
+    let destination = flow.destination.workload.as_ref()?;
+    // The workload as it is now: its labels may have changed.
+    let Some(now) = mesh.workload(flow.address.ip()).filter(|now| now.key() == destination.key()) else {
+        return Some("the destination pod is gone".into());
+    };
+    let judged_here = flow.direction == observe::Direction::Inbound || flow.path == observe::Path::SameNode;
+    if !judged_here {
+        return None;
+    }
     let peer = match &flow.source.identity {
         Some(identity) => Peer::Verified(identity),
         None => Peer::Plaintext,
     };
-    let request = Request { destination, address: flow.address, source_ip: flow.original_src.ip(), peer };
+    let request =
+        Request { destination: now, address: flow.address, source_ip: flow.original_src.ip(), peer };
     mesh.policies.authorize(&request).err().map(|denied| denied.to_string().into())
 }
 
@@ -213,7 +220,11 @@ async fn wait_for_signal() -> anyhow::Result<()> {
 
 /// Counts plaintext that the kernel half decided alone.
 async fn watch_kernel(mut events: capture::Events, source: mesh::Source, observer: Observer) {
-    while let Some(event) = events.next().await {
+    loop {
+        let event = match events.next().await {
+            Ok(event) => event,
+            Err(error) => return tracing::error!(%error, "the kernel's events can no longer be read: plaintext goes uncounted"),
+        };
         let mesh = source.current();
         let Some(destination) = mesh.workload(event.local.ip()) else { continue };
         let outcome = match event.kind {

@@ -6,17 +6,8 @@ use std::io;
 use std::sync::Arc;
 
 use crate::observe::{Direction, Ending, Flow, HandshakeFailure, Path, Refusal};
-use crate::policy::{Denied, Reason};
 use crate::relay::End;
 use crate::tunnel::{self, RejectReason, Rejection};
-
-/// Policy said no.
-pub fn denied(denied: &Denied) -> Refusal {
-    match denied.reason {
-        Reason::StrictMode => Refusal::PlaintextToStrict,
-        Reason::DenyPolicy | Reason::NoAllowMatched => Refusal::Denied { policy: denied.policy.clone() },
-    }
-}
 
 /// The application could not be dialled.
 pub fn unreachable(error: &io::Error) -> Refusal {
@@ -37,7 +28,7 @@ pub fn no_tunnel(error: &tunnel::Error) -> Refusal {
         tunnel::Error::HandshakeTimedOut { .. } => Refusal::Handshake(HandshakeFailure::Timeout),
         tunnel::Error::HandshakeCut => Refusal::Handshake(HandshakeFailure::Io),
         tunnel::Error::Connect { .. } | tunnel::Error::ConnectTimedOut { .. } => Refusal::PeerUnreachable,
-        tunnel::Error::Credentials { .. } | tunnel::Error::Bundle { .. } => Refusal::NoIdentity,
+        tunnel::Error::Credentials { .. } | tunnel::Error::Bundle { .. } => Refusal::NoCertificate,
         _ => Refusal::Io,
     }
 }
@@ -54,9 +45,8 @@ fn handshake_failure(failure: tunnel::HandshakeFailure) -> HandshakeFailure {
     match failure {
         tunnel::HandshakeFailure::UnknownCa => HandshakeFailure::UnknownCa,
         tunnel::HandshakeFailure::Expired => HandshakeFailure::Expired,
-        tunnel::HandshakeFailure::WrongIdentity | tunnel::HandshakeFailure::WrongTrustDomain => {
-            HandshakeFailure::WrongIdentity
-        }
+        tunnel::HandshakeFailure::WrongIdentity => HandshakeFailure::WrongIdentity,
+        tunnel::HandshakeFailure::WrongTrustDomain => HandshakeFailure::WrongTrustDomain,
         tunnel::HandshakeFailure::NoCertificate => HandshakeFailure::NoCertificate,
         tunnel::HandshakeFailure::Protocol => HandshakeFailure::Protocol,
     }
@@ -65,26 +55,19 @@ fn handshake_failure(failure: tunnel::HandshakeFailure) -> HandshakeFailure {
 /// What the client's agent is told.
 pub fn rejection(refusal: &Refusal) -> Rejection {
     let reason = match refusal {
-        Refusal::Denied { .. } => RejectReason::Denied,
+        Refusal::Denied(_) | Refusal::ForgedSource => RejectReason::Denied,
         Refusal::ConnectRefused => RejectReason::ConnectionRefused,
         Refusal::ConnectTimeout => RejectReason::TimedOut,
         Refusal::Overloaded | Refusal::Draining => RejectReason::Unavailable,
         _ => RejectReason::Unreachable,
     };
-    let detail = match refusal {
-        Refusal::Denied { policy } => policy.as_deref().unwrap_or_default(),
-        _ => "",
-    };
-    Rejection::new(reason, detail)
+    Rejection::new(reason, &refusal.to_string())
 }
 
 /// What the destination's agent told.
 fn rejected(rejection: &Rejection) -> Refusal {
     match rejection.reason {
-        RejectReason::Denied => {
-            let policy = (!rejection.detail.is_empty()).then(|| rejection.detail.as_ref().into());
-            Refusal::Denied { policy }
-        }
+        RejectReason::Denied => Refusal::DeniedByPeer { detail: rejection.detail.as_ref().into() },
         RejectReason::ConnectionRefused => Refusal::ConnectRefused,
         RejectReason::TimedOut => Refusal::ConnectTimeout,
         RejectReason::Unavailable => Refusal::Overloaded,

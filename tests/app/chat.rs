@@ -65,7 +65,8 @@ impl Chat for Room {
 impl ChatServe {
     pub fn run(self) -> Result<()> {
         tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-            let listener = TcpListener::bind(self.listen).await.with_context(|| format!("listen on {}", self.listen))?;
+            let listener =
+                TcpListener::bind(self.listen).await.with_context(|| format!("listen on {}", self.listen))?;
             report(&json!({ "listening": listener.local_addr()? }));
             let incoming = TcpListenerStream::new(listener);
             Server::builder().add_service(ChatServer::new(Room)).serve_with_incoming(incoming).await?;
@@ -77,7 +78,8 @@ impl ChatServe {
 impl ChatDial {
     pub fn run(self) -> Result<()> {
         tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
-            let endpoint = Endpoint::from_shared(format!("http://{}", self.to))?.connect_timeout(Duration::from_secs(20));
+            let endpoint = Endpoint::from_shared(format!("http://{}", self.to))?
+                .connect_timeout(Duration::from_secs(20));
             let mut client = ChatClient::new(endpoint.connect().await?);
             let (lines, stream) = mpsc::channel(1);
             lines.send(Line { text: self.message.clone() }).await?;

@@ -130,7 +130,10 @@ impl Dial {
                 }
                 stream.shutdown(Shutdown::Write)?;
                 let mut sum = Sum::default();
-                Ok((drain(stream, &mut sum)?, json!({ "echoed": echoed, "greeting": greeting, "extra": sum.bytes })))
+                Ok((
+                    drain(stream, &mut sum)?,
+                    json!({ "echoed": echoed, "greeting": greeting, "extra": sum.bytes }),
+                ))
             }
             What::Stream => self.stream(stream),
             What::Upload => self.upload(stream),
@@ -236,13 +239,15 @@ impl Dial {
         }
         let mut echoed = 0;
         for (n, stream) in streams.iter().enumerate() {
-            echoed += exchange(stream, self.message.as_bytes(), false).with_context(|| format!("connection {n}"))?;
+            echoed += exchange(stream, self.message.as_bytes(), false)
+                .with_context(|| format!("connection {n}"))?;
         }
         report(&json!({ "open": streams.len(), "echoed": echoed }));
         await_line();
         let mut again = 0;
         for (n, stream) in streams.iter().enumerate() {
-            again += exchange(stream, self.message.as_bytes(), false).with_context(|| format!("connection {n}"))?;
+            again += exchange(stream, self.message.as_bytes(), false)
+                .with_context(|| format!("connection {n}"))?;
         }
         report(&json!({ "connected": true, "open": streams.len(), "echoed": echoed, "again": again }));
         Ok(())
@@ -258,7 +263,9 @@ fn exchange(mut stream: &TcpStream, message: &[u8], already_sent: bool) -> io::R
     let mut have = 0;
     while have < back.len() {
         match stream.read(&mut back[have..])? {
-            0 => return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the stream ended before the echo")),
+            0 => {
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the stream ended before the echo"));
+            }
             n => have += n,
         }
     }

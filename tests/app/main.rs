@@ -12,6 +12,7 @@ mod socket;
 mod stream;
 
 use clap::{Parser, Subcommand};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::Value;
 
 #[derive(Parser)]
@@ -38,6 +39,9 @@ enum Command {
 }
 
 fn main() -> anyhow::Result<()> {
+    // Thousands of connections need as many descriptors; the usual soft limit is 1024.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
     match Args::parse().command {
         Command::Serve(serve) => serve.run(),
         Command::Dial(dial) => dial.run(),

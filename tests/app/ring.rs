@@ -24,7 +24,8 @@ pub fn echo(kind: &Kind, to: SocketAddr, message: &[u8]) -> Result<Value> {
     }
     let send = opcode::Send::new(fd, message.as_ptr(), message.len() as u32).build();
     let mut back = vec![0u8; message.len()];
-    let receive = opcode::Recv::new(fd, back.as_mut_ptr(), back.len() as u32).flags(libc::MSG_WAITALL).build();
+    let receive =
+        opcode::Recv::new(fd, back.as_mut_ptr(), back.len() as u32).flags(libc::MSG_WAITALL).build();
     let exchanged = complete(&mut ring, &send).and_then(|_| complete(&mut ring, &receive));
     let stream = TcpStream::from(socket);
     Ok(json!({

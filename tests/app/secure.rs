@@ -4,7 +4,8 @@
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::ops::DerefMut;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,8 +17,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
-    ClientConfig, ClientConnection, DigitallySignedStruct, DistinguishedName, Error, ServerConfig, ServerConnection,
-    SignatureScheme, Stream,
+    ClientConfig, ClientConnection, ConnectionCommon, DigitallySignedStruct, DistinguishedName, Error,
+    ServerConfig, ServerConnection, SignatureScheme, Stream,
 };
 use serde_json::{Value, json};
 
@@ -33,15 +34,21 @@ pub struct TlsDial {
     key: Option<PathBuf>,
     #[arg(long, default_value = "mtls/1")]
     alpn: String,
-    /// Bytes to send after the handshake, in hexadecimal.
-    #[arg(long, default_value = "")]
-    hex: String,
+    /// Bytes to send after the handshake, in hexadecimal; each occurrence is a TLS record of its own.
+    #[arg(long)]
+    hex: Vec<String>,
     /// Then this many bytes of nonsense.
     #[arg(long, default_value_t = 0)]
     noise: usize,
-    /// Close the TLS connection without a word after sending.
+    /// Send without any TLS.
+    #[arg(long)]
+    raw: bool,
+    /// Close the connection without a word after sending.
     #[arg(long)]
     cut: bool,
+    /// How long to wait for an answer or an end.
+    #[arg(long, default_value_t = 10_000)]
+    limit_ms: u64,
 }
 
 #[derive(clap::Args)]
@@ -58,6 +65,18 @@ pub struct TlsServe {
 
 impl TlsDial {
     pub fn run(self) -> Result<()> {
+        let mut tcp = TcpStream::connect_timeout(&self.to, Duration::from_secs(10))?;
+        tcp.set_read_timeout(Some(Duration::from_millis(self.limit_ms)))?;
+        tcp.set_write_timeout(Some(Duration::from_millis(self.limit_ms)))?;
+        if self.raw {
+            let mut answer = json!({ "handshake": false });
+            let mut said = Ok(());
+            for bytes in self.pieces()? {
+                said = said.and_then(|()| tcp.write_all(&bytes));
+            }
+            self.end(&mut answer, said, tcp.try_clone()?, &mut tcp);
+            return Ok(());
+        }
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()?
@@ -72,8 +91,6 @@ impl TlsDial {
         };
         config.alpn_protocols = vec![self.alpn.clone().into_bytes()];
         config.enable_sni = false;
-        let mut tcp = TcpStream::connect_timeout(&self.to, Duration::from_secs(10))?;
-        tcp.set_read_timeout(Some(Duration::from_secs(10)))?;
         let name = ServerName::from(self.to.ip());
         let mut tls = ClientConnection::new(Arc::new(config), name)?;
         let handshake = handshake(&mut tls, &mut tcp);
@@ -86,20 +103,35 @@ impl TlsDial {
         answer["alpn"] = tls.alpn_protocol().map(|alpn| String::from_utf8_lossy(alpn).into_owned()).into();
         answer["server"] = tls.peer_certificates().and_then(|chain| spiffe_id(chain.first()?)).into();
         answer["tls"] = format!("{:?}", tls.protocol_version()).into();
-        let mut bytes = unhex(&self.hex)?;
-        bytes.extend((0..self.noise).map(|i| (i as u8).wrapping_mul(167).wrapping_add(13)));
-        let said = tls.writer().write_all(&bytes).and_then(|()| flush(&mut tls, &mut tcp));
+        let mut said = Ok(());
+        for bytes in self.pieces()? {
+            said =
+                said.and_then(|()| tls.writer().write_all(&bytes)).and_then(|()| flush(&mut tls, &mut tcp));
+        }
+        self.end(&mut answer, said, tcp.try_clone()?, &mut Stream::new(&mut tls, &mut tcp));
+        Ok(())
+    }
+
+    fn pieces(&self) -> Result<Vec<Vec<u8>>> {
+        let mut pieces = self.hex.iter().map(|text| unhex(text)).collect::<Result<Vec<_>>>()?;
+        if self.noise > 0 {
+            pieces.push((0..self.noise).map(|i| (i as u8).wrapping_mul(167).wrapping_add(13)).collect());
+        }
+        Ok(pieces)
+    }
+
+    /// Closes, or waits for the peer to.
+    fn end(&self, answer: &mut Value, said: io::Result<()>, tcp: TcpStream, stream: &mut impl Read) {
+        answer["sent"] = said.is_ok().into();
         if self.cut {
-            drop(tcp);
+            let _ = tcp.shutdown(Shutdown::Both);
             answer["ended"] = "we cut".into();
         } else {
-            let (received, end) = read_all(&mut Stream::new(&mut tls, &mut tcp));
+            let (received, end) = read_all(stream);
             answer["received"] = received.into();
             answer["ended"] = end;
-            answer["sent"] = said.is_ok().into();
         }
-        report(&answer);
-        Ok(())
+        report(answer);
     }
 }
 
@@ -113,7 +145,8 @@ impl TlsServe {
             .with_single_cert(chain, key)?;
         config.alpn_protocols = vec![self.alpn.clone().into_bytes()];
         let config = Arc::new(config);
-        let listener = TcpListener::bind(self.listen).with_context(|| format!("listen on {}", self.listen))?;
+        let listener =
+            TcpListener::bind(self.listen).with_context(|| format!("listen on {}", self.listen))?;
         report(&json!({ "listening": listener.local_addr()? }));
         loop {
             let (mut tcp, peer) = listener.accept()?;
@@ -123,7 +156,8 @@ impl TlsServe {
             let mut answer = json!({ "accepted": peer, "handshake": handshake.is_ok() });
             match handshake {
                 Ok(()) => {
-                    answer["client"] = tls.peer_certificates().and_then(|chain| spiffe_id(chain.first()?)).into();
+                    answer["client"] =
+                        tls.peer_certificates().and_then(|chain| spiffe_id(chain.first()?)).into();
                     let (received, end) = read_all(&mut Stream::new(&mut tls, &mut tcp));
                     answer["received"] = received.into();
                     answer["ended"] = end;
@@ -136,7 +170,7 @@ impl TlsServe {
 }
 
 fn handshake<S: rustls::SideData>(
-    tls: &mut (impl std::ops::DerefMut + std::ops::Deref<Target = rustls::ConnectionCommon<S>>),
+    tls: &mut impl DerefMut<Target = ConnectionCommon<S>>,
     tcp: &mut TcpStream,
 ) -> io::Result<()> {
     while tls.is_handshaking() {
@@ -146,7 +180,7 @@ fn handshake<S: rustls::SideData>(
 }
 
 fn flush<S: rustls::SideData>(
-    tls: &mut (impl std::ops::DerefMut + std::ops::Deref<Target = rustls::ConnectionCommon<S>>),
+    tls: &mut impl DerefMut<Target = ConnectionCommon<S>>,
     tcp: &mut TcpStream,
 ) -> io::Result<()> {
     while tls.wants_write() {
@@ -182,7 +216,8 @@ fn spiffe_id(certificate: &CertificateDer<'_>) -> Option<String> {
 }
 
 fn unhex(text: &str) -> Result<Vec<u8>> {
-    let digits: Vec<u32> = text.chars().map(|c| c.to_digit(16)).collect::<Option<_>>().context("not hexadecimal")?;
+    let digits: Vec<u32> =
+        text.chars().map(|c| c.to_digit(16)).collect::<Option<_>>().context("not hexadecimal")?;
     Ok(digits.chunks(2).map(|pair| pair.iter().fold(0, |byte, digit| byte << 4 | *digit as u8)).collect())
 }
 
@@ -217,7 +252,12 @@ impl ServerCertVerifier for Anyone {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        rustls::crypto::verify_tls13_signature(message, certificate, signed, &self.0.signature_verification_algorithms)
+        rustls::crypto::verify_tls13_signature(
+            message,
+            certificate,
+            signed,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -258,7 +298,12 @@ impl ClientCertVerifier for Anyone {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        rustls::crypto::verify_tls13_signature(message, certificate, signed, &self.0.signature_verification_algorithms)
+        rustls::crypto::verify_tls13_signature(
+            message,
+            certificate,
+            signed,
+            &self.0.signature_verification_algorithms,
+        )
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

@@ -44,7 +44,8 @@ impl Kind {
     pub fn open(&self, to: SocketAddr) -> io::Result<Socket> {
         let six = self.mapped || to.is_ipv6();
         let protocol = if self.mptcp { Protocol::from(libc::IPPROTO_MPTCP) } else { Protocol::TCP };
-        let socket = Socket::new(if six { Domain::IPV6 } else { Domain::IPV4 }, Type::STREAM, Some(protocol))?;
+        let socket =
+            Socket::new(if six { Domain::IPV6 } else { Domain::IPV4 }, Type::STREAM, Some(protocol))?;
         if let Some(mark) = self.mark {
             socket.set_mark(mark)?;
         }

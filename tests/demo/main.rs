@@ -1,1 +1,174 @@
-fn main(){}
+//! The demo: nothing in, a running mesh with real applications for a minute and a table of what happened out.
+//!
+//! Every line of the table is checked; a claim that does not hold is named and makes the exit status non-zero.
+
+mod scene;
+mod table;
+
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use mtls_tests::apps::Session;
+use mtls_tests::{Level, MARKER, Mesh, Mode, Pod, Seen, eventually};
+
+use scene::Scene;
+use table::{Flow, Table};
+
+fn main() -> ExitCode {
+    match show() {
+        Ok(problems) if problems.is_empty() => {
+            println!("\nEvery claim above was checked and holds. Everything the demo made is gone again.");
+            ExitCode::SUCCESS
+        }
+        Ok(problems) => {
+            println!("\nThese claims do not hold:");
+            problems.iter().for_each(|problem| println!("  ✗ {problem}"));
+            ExitCode::FAILURE
+        }
+        Err(error) => {
+            eprintln!("\nThe demo could not run: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn show() -> Result<Vec<String>> {
+    if let Some(reason) = mtls_tests::missing(&scene::NEEDS) {
+        anyhow::bail!(reason);
+    }
+    println!(
+        "Two nodes made of network namespaces. Pods on them run ordinary programs that know nothing of TLS.\n\
+         An agent on each node redirects their connections by eBPF and carries them in mutual TLS 1.3.\n"
+    );
+    let mut scene = Scene::set()?;
+    let mut table = Table::default();
+    for application in scene.applications()? {
+        for client in [&scene.far, &scene.near] {
+            let flow = observe(&scene.lab, &mut scene.mesh, client, &application.server, || {
+                (application.session)(client)
+            })
+            .with_context(|| format!("{} from {}", application.name, client.name()))?;
+            progress(&format!("{}: {}", flow.path(), flow.summary()));
+            table.flows.push(flow);
+        }
+    }
+    intrude(&mut scene, &mut table)?;
+    println!("\n{table}");
+    Ok(table.problems())
+}
+
+/// Runs a session while the wire is watched, and asks everybody afterwards what it was.
+fn observe(
+    lab: &mtls_tests::Lab,
+    mesh: &mut Mesh,
+    client: &Pod,
+    server: &Pod,
+    session: impl FnOnce() -> Result<Session>,
+) -> Result<Flow> {
+    let same_node = client.node().name() == server.node().name();
+    let earlier = mesh.agent("node-b").access_log().len();
+    let (wire, bridge) = (lab.watch_wire()?, lab.watch_node("node-b")?);
+    let session = session()?;
+    let (wire, bridge) = (wire.finish()?, bridge.finish()?);
+    let lines = settled_log(mesh, earlier);
+    let of_this = |line: &&serde_json::Value| {
+        line["destination_workload"] == format!("{}/{}", server.namespace(), server.name())
+    };
+    let lines: Vec<_> = lines.iter().filter(of_this).collect();
+    let text = |key: &str| lines.iter().find_map(|line| line[key].as_str()).unwrap_or("none").to_owned();
+    let count = |key: &str| lines.iter().filter_map(|line| line[key].as_u64()).sum::<u64>();
+    Ok(Flow {
+        same_node,
+        identities: [text("source_identity"), text("destination_identity")],
+        expected_identities: [client, server].map(|pod| format!("spiffe://{}", pod.principal())),
+        cipher: text("cipher"),
+        bytes: count("bytes_sent") + count("bytes_received"),
+        connections: lines.len(),
+        wire: on_the_wire(&wire, &bridge, client, server, same_node),
+        expected_client: client.ip(),
+        session,
+    })
+}
+
+/// What the captures say, in a newcomer's words, or what is wrong.
+fn on_the_wire(
+    wire: &Seen,
+    bridge: &Seen,
+    client: &Pod,
+    server: &Pod,
+    same_node: bool,
+) -> Result<String, String> {
+    if same_node {
+        let flows = wire.between(client, server).count() + bridge.between(client, server).count();
+        return match (flows, wire.markers() + bridge.markers()) {
+            (0, 0) => Ok("nothing: it never left the two pods' loopbacks".into()),
+            (flows, markers) => Err(format!("{flows} connections, and the marker {markers} times")),
+        };
+    }
+    let encrypted = wire.encrypted(client, server).map_err(|error| format!("{error:#}"))?;
+    Ok(format!(
+        "TLS 1.3 on 15008 only ({}), {} tunnels, marker 0 times",
+        encrypted.group, encrypted.connections
+    ))
+}
+
+/// The access log's new lines, once no more come.
+fn settled_log(mesh: &mut Mesh, earlier: usize) -> Vec<serde_json::Value> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let mut length = 0;
+    loop {
+        std::thread::sleep(Duration::from_millis(300));
+        let lines = mesh.agent("node-b").access_log();
+        if (lines.len() == length && length > earlier) || Instant::now() > deadline {
+            return lines.into_iter().skip(earlier).collect();
+        }
+        length = lines.len();
+    }
+}
+
+/// A pod without an identity tries a STRICT server and a PERMISSIVE one.
+fn intrude(scene: &mut Scene, table: &mut Table) -> Result<()> {
+    progress("an intruder, not enrolled, tries the web server: mode STRICT");
+    let to = scene.web.addr(8080).to_string();
+    let attempt =
+        |intruder: &Pod| intruder.app(&["dial", "wait", &to, "--message", MARKER, "--limit-ms", "1500"]);
+    let refused = attempt(&scene.intruder)?;
+    let ms = refused["ms"].as_f64().unwrap_or(f64::INFINITY);
+    let how = refused["ended"].as_str().unwrap_or("nothing");
+    table.intruder.push((
+        "STRICT",
+        match how == "refused" && ms < 100.0 {
+            true => Ok(format!("refused by RST after {ms:.1} ms; the server never heard of it")),
+            false => Err(format!("{how} after {ms:.0} ms")),
+        },
+    ));
+    progress("the same with mode PERMISSIVE");
+    scene.lab.peer_authentication(Level::Mesh, Mode::Permissive)?;
+    let url = format!("http://{to}/");
+    let served = eventually(Duration::from_secs(5), || {
+        let page = scene.intruder.run("curl", &["-sS", "--max-time", "2", &url]).ok()?;
+        page.stdout.contains(MARKER).then_some(())
+    });
+    let counted = eventually(Duration::from_secs(5), || {
+        let labels = [("destination_workload", scene.web.name()), ("outcome", "accepted")];
+        let metrics = scene.mesh.agent("node-b").metrics().ok()?;
+        Some(metrics.sum("mtls_plaintext_connections_total", &labels)).filter(|count| *count > 0.0)
+    });
+    table.intruder.push((
+        "PERMISSIVE",
+        match (served, counted) {
+            (Some(()), Some(count)) => Ok(format!("served, and counted as plaintext ({count} connection)")),
+            (served, counted) => Err(format!("served: {}, counted: {counted:?}", served.is_some())),
+        },
+    ));
+    ensure!(
+        scene.mesh.agent("node-a").alive() && scene.mesh.agent("node-b").alive(),
+        "an agent died on the way"
+    );
+    Ok(())
+}
+
+fn progress(what: &str) {
+    println!("• {what}");
+}

@@ -30,7 +30,8 @@ pub fn remove(path: &Path) -> Result<()> {
     if !path.exists() {
         return Ok(());
     }
-    fs::write(path.join("cgroup.kill"), "1").with_context(|| format!("kill what runs in {}", path.display()))?;
+    fs::write(path.join("cgroup.kill"), "1")
+        .with_context(|| format!("kill what runs in {}", path.display()))?;
     let deadline = Instant::now() + Duration::from_secs(10);
     while populated(path) {
         if Instant::now() > deadline {

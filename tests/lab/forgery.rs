@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    SanType,
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType,
 };
 use time::{Duration, OffsetDateTime};
 
@@ -28,7 +28,9 @@ pub struct Credentials {
 impl Forger {
     /// Signs with the authority of a lab.
     pub fn with_authority(dir: &Path) -> Result<Self> {
-        let read = |name: &str| fs::read_to_string(dir.join(name)).with_context(|| format!("read the authority's {name}"));
+        let read = |name: &str| {
+            fs::read_to_string(dir.join(name)).with_context(|| format!("read the authority's {name}"))
+        };
         let key = KeyPair::from_pem(&read("ca-key.pem")?)?;
         let issuer_pem = read("ca-cert.pem")?;
         Ok(Self { issuer: Issuer::from_ca_cert_pem(&issuer_pem, key)?, issuer_pem })
@@ -71,10 +73,12 @@ impl Forger {
         params.not_after = to;
         params.subject_alt_names = vec![SanType::URI(id.try_into()?)];
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
         params.use_authority_key_identifier_extension = true;
         let certificate = params.signed_by(&key, &self.issuer)?;
-        let files = Credentials { chain: dir.join(format!("{name}.pem")), key: dir.join(format!("{name}.key")) };
+        let files =
+            Credentials { chain: dir.join(format!("{name}.pem")), key: dir.join(format!("{name}.key")) };
         fs::write(&files.chain, certificate.pem() + &self.issuer_pem)?;
         fs::write(&files.key, key.serialize_pem())?;
         Ok(files)

@@ -244,10 +244,15 @@ impl Agent {
 
     /// Waits for a line of the access log.
     pub fn access_log_line(&self, what: &str, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
-        let found = eventually(Duration::from_secs(10), || self.access_log().into_iter().find(|line| wanted(line)));
+        let found =
+            eventually(Duration::from_secs(10), || self.access_log().into_iter().find(|line| wanted(line)));
         found.with_context(|| {
             let lines: Vec<String> = self.access_log().iter().rev().take(10).map(Value::to_string).collect();
-            format!("no {what} in the access log of {}; its last lines:\n{}", self.node.name(), lines.join("\n"))
+            format!(
+                "no {what} in the access log of {}; its last lines:\n{}",
+                self.node.name(),
+                lines.join("\n")
+            )
         })
     }
 
@@ -337,11 +342,15 @@ fn start_ca(lab: &Lab, node: &Arc<Node>, options: &Options) -> Result<Running> {
     let log = dir.join("ca.log");
     let mut ca = Running::start_logged(command, &log, &log)?;
     let serving = eventually(Duration::from_secs(20), || {
-        let up = root_file(dir).exists() && node.netns().within(|| std::net::TcpStream::connect(listen)).is_ok();
+        let up =
+            root_file(dir).exists() && node.netns().within(|| std::net::TcpStream::connect(listen)).is_ok();
         (up || !ca.alive()).then_some(up)
     });
     if serving != Some(true) {
-        bail!("the certificate authority does not serve:\n{}", std::fs::read_to_string(&log).unwrap_or_default());
+        bail!(
+            "the certificate authority does not serve:\n{}",
+            std::fs::read_to_string(&log).unwrap_or_default()
+        );
     }
     Ok(ca)
 }

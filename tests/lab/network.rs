@@ -62,7 +62,8 @@ impl Netns {
     pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
             let entered = scope.spawn(|| {
-                nix::sched::setns(self.fd.as_fd(), CloneFlags::CLONE_NEWNET).expect("cannot enter a network namespace");
+                nix::sched::setns(self.fd.as_fd(), CloneFlags::CLONE_NEWNET)
+                    .expect("cannot enter a network namespace");
                 work()
             });
             entered.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))

@@ -12,7 +12,6 @@ pub struct Segment<'a> {
     pub seq: u32,
     pub syn: bool,
     pub ack: bool,
-    pub rst: bool,
     pub payload: &'a [u8],
 }
 
@@ -51,7 +50,6 @@ impl<'a> Segment<'a> {
             dst: SocketAddr::new(dst, u16::from_be_bytes(array(tcp, 2)?)),
             seq: u32::from_be_bytes(array(tcp, 4)?),
             syn: flags & 0x02 != 0,
-            rst: flags & 0x04 != 0,
             ack: flags & 0x10 != 0,
             payload: tcp.get(usize::from(tcp.get(12)? >> 4) * 4..)?,
         })
@@ -93,7 +91,11 @@ pub fn hello(client: &[u8], server: &[u8]) -> Option<Hello> {
     let mut hello = Hello::default();
     // Record header, handshake header, legacy version, random.
     let fixed = 5 + 4 + 2 + 32;
-    if client.get(..2)? != [22, 3] || *client.get(5)? != 1 || server.get(..2)? != [22, 3] || *server.get(5)? != 2 {
+    if client.get(..2)? != [22, 3]
+        || *client.get(5)? != 1
+        || server.get(..2)? != [22, 3]
+        || *server.get(5)? != 2
+    {
         return None;
     }
     let session = usize::from(*client.get(fixed)?);
@@ -154,7 +156,8 @@ impl Records {
             if let [kind, major, minor, high, low] = self.header[..] {
                 self.left = usize::from(u16::from_be_bytes([high, low]));
                 // RFC 8446, 5.1 and 5.2: four record types, a frozen version, at most 2^14 + 256 bytes.
-                self.broken = !(20..=23).contains(&kind) || major != 3 || minor > 3 || self.left > 16384 + 256;
+                self.broken =
+                    !(20..=23).contains(&kind) || major != 3 || minor > 3 || self.left > 16384 + 256;
                 self.count += 1;
                 self.header.clear();
             }

@@ -25,7 +25,14 @@ pub struct Node {
 }
 
 impl Node {
-    pub(crate) fn join(lab: &str, cgroup: &Path, wire: &Netns, name: &str, index: u8, nodes: u8) -> Result<Self> {
+    pub(crate) fn join(
+        lab: &str,
+        cgroup: &Path,
+        wire: &Netns,
+        name: &str,
+        index: u8,
+        nodes: u8,
+    ) -> Result<Self> {
         let netns = Netns::create(&format!("{lab}-{name}"))?;
         network::join_wire(wire, &netns, index, nodes)?;
         let cgroup = cgroup.join(name);
@@ -245,6 +252,7 @@ impl Pod {
 
 fn run_app(mut command: Command, args: &[&str]) -> Result<Value> {
     command.args(args);
-    let finished = Running::start(command)?.finish().with_context(|| format!("lab-app {}", args.join(" ")))?;
+    let finished =
+        Running::start(command)?.finish().with_context(|| format!("lab-app {}", args.join(" ")))?;
     finished.success().with_context(|| format!("lab-app {}", args.join(" ")))?.json()
 }

@@ -86,7 +86,8 @@ impl Finished {
 
     /// The last line of the output, as JSON.
     pub fn json(&self) -> Result<Value> {
-        let line = self.stdout.lines().last().with_context(|| format!("no output; stderr: {}", self.stderr))?;
+        let line =
+            self.stdout.lines().last().with_context(|| format!("no output; stderr: {}", self.stderr))?;
         serde_json::from_str(line).with_context(|| format!("not JSON: {line}"))
     }
 }
@@ -94,7 +95,8 @@ impl Finished {
 impl Running {
     /// Starts a command, collecting what it prints.
     pub fn start(mut command: Command) -> Result<Self> {
-        let name = Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name =
+            Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
         let mut child = command
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -110,7 +112,8 @@ impl Running {
 
     /// Starts a command that writes its output into files, which its reader finds by name.
     pub fn start_logged(mut command: Command, stdout: &Path, stderr: &Path) -> Result<Self> {
-        let name = Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name =
+            Path::new(command.get_program()).file_name().unwrap_or_default().to_string_lossy().into_owned();
         let append = |path: &Path| File::options().create(true).append(true).open(path);
         let child = command
             .stdout(append(stdout)?)
@@ -164,7 +167,12 @@ impl Running {
                 }
             }
             if state.closed == 2 {
-                bail!("{} ended without {what}; it said:\n{}\n{}", self.name, state.lines.join("\n"), state.errors);
+                bail!(
+                    "{} ended without {what}; it said:\n{}\n{}",
+                    self.name,
+                    state.lines.join("\n"),
+                    state.errors
+                );
             }
             let Some(left) = deadline.checked_duration_since(Instant::now()) else {
                 bail!(
@@ -211,7 +219,12 @@ impl Running {
             }
             if Instant::now() > deadline {
                 let state = self.output.lock();
-                bail!("{} runs after {limit:?}; it said:\n{}\n{}", self.name, state.lines.join("\n"), state.errors);
+                bail!(
+                    "{} runs after {limit:?}; it said:\n{}\n{}",
+                    self.name,
+                    state.lines.join("\n"),
+                    state.errors
+                );
             }
             std::thread::sleep(Duration::from_millis(2));
         };

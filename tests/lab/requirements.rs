@@ -1,5 +1,6 @@
 //! What a lab needs from the machine: names of programs in, the reason why a test cannot run out.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
@@ -33,7 +34,8 @@ pub fn missing(programs: &[&str]) -> Option<String> {
 pub fn skip(programs: &[&str]) -> bool {
     let Some(reason) = missing(programs) else { return false };
     assert!(std::env::var("CI").as_deref() != Ok("true"), "a requirement is missing: {reason}");
-    eprintln!("skipped: {reason}");
+    // Not by `println!`, which the test harness keeps to itself when a test passes.
+    let _ = writeln!(std::io::stdout(), "skipped: {reason}");
     true
 }
 

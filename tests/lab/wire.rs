@@ -46,8 +46,6 @@ pub struct Flow {
     pub bytes: u64,
     /// The capture saw its first packet.
     pub from_start: bool,
-    /// Reset before it was established.
-    pub refused: bool,
     /// How often the marker stood in the payload in the clear.
     pub markers: u64,
     up: Direction,
@@ -56,7 +54,10 @@ pub struct Flow {
 
 #[derive(Debug, Default)]
 struct Direction {
+    /// Sequence number of the next new byte.
     next: Option<u32>,
+    /// Its first byte was seen, so that records can be followed.
+    whole: bool,
     head: Vec<u8>,
     tail: Vec<u8>,
     records: Records,
@@ -73,7 +74,8 @@ pub struct Encrypted {
 
 impl Wire {
     pub(crate) fn watch(netns: &Netns, interface: &str) -> Result<Self> {
-        let socket = netns.within(|| packet_socket(interface)).with_context(|| format!("watch {interface}"))?;
+        let socket =
+            netns.within(|| packet_socket(interface)).with_context(|| format!("watch {interface}"))?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let reader = std::thread::spawn(move || read(&socket, &stopped));
@@ -120,7 +122,8 @@ impl Seen {
             sum.bytes += flow.bytes;
             sum.connections += 1;
             if flow.from_start && flow.down.records.count > 0 {
-                let hello = flow.hello().with_context(|| format!("{flow:?} does not start with two hellos"))?;
+                let hello =
+                    flow.hello().with_context(|| format!("{flow:?} does not start with two hellos"))?;
                 ensure!(hello.version == Some(0x0304), "{flow:?} is not TLS 1.3: {hello:?}");
                 ensure!(!hello.server_name, "{flow:?} names the server in the clear");
                 (sum.cipher, sum.group) = (hello.cipher_name(), hello.group_name());
@@ -144,7 +147,6 @@ impl Flow {
             server,
             bytes: 0,
             from_start,
-            refused: false,
             markers: 0,
             up: Direction::default(),
             down: Direction::default(),
@@ -167,7 +169,7 @@ impl Direction {
         if fresh.is_empty() {
             return 0;
         }
-        if skip >= 0 && self.next.is_some() {
+        if skip >= 0 && self.whole {
             self.records.feed(fresh);
             if self.head.len() < 4096 {
                 self.head.extend_from_slice(&fresh[..fresh.len().min(4096)]);
@@ -200,7 +202,9 @@ fn read(socket: &OwnedFd, stop: &AtomicBool) -> Result<Seen> {
     loop {
         let stopping = stop.load(Ordering::Acquire);
         // SAFETY: the buffer is valid for writes of its length during the call.
-        let n = unsafe { libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_TRUNC) };
+        let n = unsafe {
+            libc::recv(socket.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_TRUNC)
+        };
         let Ok(n) = usize::try_from(n) else {
             let error = std::io::Error::last_os_error();
             match error.raw_os_error() {
@@ -245,9 +249,9 @@ fn note(
     });
     let Some(flow) = flows.get_mut(position) else { return };
     flow.bytes += segment.payload.len() as u64;
-    flow.refused |= segment.rst && flow.bytes == 0;
     let direction = if flow.client == src { &mut flow.up } else { &mut flow.down };
     let seq = if segment.syn {
+        direction.whole = true;
         direction.next = Some(segment.seq.wrapping_add(1));
         segment.seq.wrapping_add(1)
     } else {
@@ -259,7 +263,8 @@ fn note(
 fn packet_socket(interface: &str) -> std::io::Result<OwnedFd> {
     let protocol = (libc::ETH_P_ALL as u16).to_be();
     // SAFETY: a plain system call; the descriptor it returns is ours alone.
-    let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, i32::from(protocol)) };
+    let fd =
+        unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, i32::from(protocol)) };
     if fd < 0 {
         return Err(std::io::Error::last_os_error());
     }

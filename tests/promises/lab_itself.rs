@@ -38,9 +38,7 @@ fn a_marker_cut_by_segments_is_seen() -> Result<()> {
     let wire = lab.watch_wire()?;
     let address = server.addr(7000).to_string();
     // Each message is a segment of its own, because the client waits for its echo.
-    let mut talk = client.start_app(&["dial", "echo", &address, "--message", first])?;
-    talk.say("")?;
-    talk.finish()?.success()?;
+    client.app(&["dial", "echo", &address, "--message", first])?;
     assert_eq!(wire.finish()?.markers(), 0);
     let wire = lab.watch_wire()?;
     let whole = format!("{second}{first}");

@@ -21,7 +21,8 @@ impl Build {
     pub fn run(self) -> anyhow::Result<PathBuf> {
         object()?;
         let mut command = Command::new(env::var_os("CARGO").unwrap_or("cargo".into()));
-        command.current_dir(workspace()).args(["build", "--package", "mtls-userspace", "--bin", "mtls"]);
+        // All of the workspace decides on the dependencies' features, so that the tests build none of them again.
+        command.current_dir(workspace()).args(["build", "--workspace", "--bin", "mtls"]);
         command.arg("--message-format=json-render-diagnostics");
         if self.release {
             command.arg("--release");

@@ -40,7 +40,8 @@ pub async fn run(to: SocketAddr, load: Load) -> io::Result<Report> {
     if load.workload == Workload::Idle {
         eprintln!("READY {}", held.len());
         // Ends with standard input.
-        tokio::io::copy(&mut tokio::io::stdin(), &mut tokio::io::sink()).await?;
+        let ended = tokio::task::spawn_blocking(|| io::copy(&mut io::stdin(), &mut io::sink()));
+        ended.await.map_err(io::Error::other)??;
     }
     Ok(report)
 }

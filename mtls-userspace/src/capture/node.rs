@@ -29,6 +29,7 @@ pub struct Capture {
     events: Mutex<Option<Events>>,
     /// As the kernel knows it, whatever pid namespace we are in.
     process: u32,
+    cgroup_root: PathBuf,
 }
 
 impl Capture {
@@ -65,6 +66,7 @@ impl Capture {
             state: Mutex::new(State::adopt(control)?),
             events: Mutex::new(Some(events)),
             process,
+            cgroup_root: cgroup.path,
         })
     }
 
@@ -129,6 +131,11 @@ impl Capture {
         }
         self.pins.drop_other_layouts()?;
         Ok(unwanted.len())
+    }
+
+    /// The cgroup2 directory that the hooks are attached to.
+    pub fn cgroup_root(&self) -> &Path {
+        &self.cgroup_root
     }
 
     /// The kernel half's counters, summed over CPUs. They outlive agents.

@@ -120,8 +120,11 @@ async fn get(path: &Path, resource: &str) -> Result<Bytes, Error> {
     let mut exchange = std::pin::pin!(exchange);
     tokio::select! {
         answer = &mut exchange => answer,
-        // The answer may be complete when the agent closes.
-        _ = connection => exchange.await,
+        // The answer may be complete when the agent closes. If not, what broke the connection says why.
+        ended = connection => match (exchange.await, ended) {
+            (Err(Error::Http { .. }), Err(broken)) => Err(http(path)(broken)),
+            (answer, _) => answer,
+        },
     }
 }
 

@@ -13,9 +13,9 @@ pub struct Place {
     /// A file's path, or what else objects come from.
     pub source: Arc<str>,
     /// Which of the file's documents, from 1.
-    pub document: Option<usize>,
+    pub document: Option<u32>,
     /// Which item of a `List`, from 0.
-    pub item: Option<usize>,
+    pub item: Option<u32>,
 }
 
 impl fmt::Display for Place {
@@ -40,7 +40,7 @@ pub enum Error {
     NoObject { place: Place, problem: NoObject },
     #[error("{place}: {kind} of apiVersion {api_version:?} isn't understood; write apiVersion: {expected}")]
     ApiVersion { place: Place, kind: String, api_version: String, expected: &'static str },
-    #[error("{place}: {object}: field {field}: {problem}; correct the field")]
+    #[error("{place}: {object}: field {field}: {problem}")]
     Field { place: Place, object: String, field: String, problem: String },
     #[error("{place}: {object}: field {field}: {problem}")]
     Address { place: Place, object: String, field: &'static str, problem: InvalidAddress },
@@ -54,12 +54,18 @@ pub enum Error {
         "{address} is claimed by Pod {first} ({first_place}) and by Pod {second} ({second_place}), and neither is \
          newer by metadata.creationTimestamp; remove one, or give one another status.podIP"
     )]
-    ClaimedAddress { address: IpAddr, first: String, first_place: Place, second: String, second_place: Place },
+    ClaimedAddress {
+        address: IpAddr,
+        first: Box<str>,
+        first_place: Place,
+        second: Box<str>,
+        second_place: Place,
+    },
     #[error(
         "{address} is the clusterIP of Service {first} ({first_place}) and of Service {second} ({second_place}); \
          give one another clusterIP"
     )]
-    ClaimedVip { address: IpAddr, first: String, first_place: Place, second: String, second_place: Place },
+    ClaimedVip { address: IpAddr, first: Box<str>, first_place: Place, second: Box<str>, second_place: Place },
     #[error(
         "{directory} has no manifest (*.yaml, *.yml or *.json) any more; to empty the mesh on purpose, leave a file \
          with only a comment",

@@ -138,7 +138,7 @@ impl Reader {
         // Items of a `PodList` need not repeat what they are; those of a plain `List` do.
         let implied = Head { kind: item_kind.to_owned(), api_version: head.api_version };
         let implied = Some(&implied).filter(|implied| !implied.kind.is_empty());
-        for (at, item) in items.into_iter().enumerate() {
+        for (at, item) in (0..).zip(items) {
             let place = Place { item: Some(at), ..place.clone() };
             let head = Head::of(&item, &place, implied)?;
             if head.kind.ends_with("List") {
@@ -262,6 +262,7 @@ fn read<T: DeserializeOwned>(
         Ok(object) => into.push(Placed { object, place }),
         Err(error) => {
             let field = error.path().to_string();
+            let field = if field == "." { "(top level)".to_owned() } else { field };
             return Err(Error::Field { place, object, field, problem: error.into_inner().to_string() });
         }
     }

@@ -121,9 +121,9 @@ fn settle_claims(
                 std::cmp::Ordering::Equal => {
                     return Err(Error::ClaimedAddress {
                         address: *address,
-                        first: name(other),
+                        first: name(other).into(),
                         first_place: other.place.clone(),
-                        second: name(placed),
+                        second: name(placed).into(),
                         second_place: placed.place.clone(),
                     });
                 }
@@ -191,7 +191,9 @@ fn named(name: Option<&String>) -> Option<&str> {
     name.filter(|name| !name.is_empty()).map(String::as_str)
 }
 
-fn ports(placed: &Placed<Pod>) -> Result<Vec<(Option<Arc<str>>, u16)>, Error> {
+type NamedPort = (Option<Arc<str>>, u16);
+
+fn ports(placed: &Placed<Pod>) -> Result<Vec<NamedPort>, Error> {
     let spec = placed.object.spec.as_ref();
     // Of the init containers only sidecars serve while the pod runs.
     let sidecar = |c: &&Container| c.restart_policy.as_deref() == Some("Always");

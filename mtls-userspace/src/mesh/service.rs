@@ -92,9 +92,9 @@ impl Services {
                 if let Some(first) = claimed.insert(*vip, placed) {
                     return Err(Error::ClaimedVip {
                         address: *vip,
-                        first: key(&first.object.metadata),
+                        first: key(&first.object.metadata).into(),
                         first_place: first.place.clone(),
-                        second: key(&placed.object.metadata),
+                        second: key(&placed.object.metadata).into(),
                         second_place: placed.place.clone(),
                     });
                 }

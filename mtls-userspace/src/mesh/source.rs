@@ -7,6 +7,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -41,6 +42,7 @@ struct Shared {
     current: ArcSwap<Mesh>,
     generation: watch::Sender<u64>,
     last_error: ArcSwapOption<String>,
+    errors: AtomicU64,
 }
 
 impl Source {
@@ -70,6 +72,7 @@ impl Source {
             current: ArcSwap::from_pointee(mesh),
             generation: watch::Sender::new(1),
             last_error: ArcSwapOption::empty(),
+            errors: AtomicU64::new(0),
         });
         let directory = follower.directory.clone();
         let following = {
@@ -94,6 +97,11 @@ impl Source {
     /// Why the directory as it is now isn't in force; `None` when it is.
     pub fn last_error(&self) -> Option<String> {
         self.shared.last_error.load().as_deref().cloned()
+    }
+
+    /// How many changes were refused since the start.
+    pub fn errors(&self) -> u64 {
+        self.shared.errors.load(Ordering::Relaxed)
     }
 }
 
@@ -152,6 +160,7 @@ impl Follower {
                     let error = error.to_string();
                     if self.refused.as_ref() != Some(&error) {
                         tracing::error!(error, "manifests refused; the last good state stays in force");
+                        shared.errors.fetch_add(1, Ordering::Relaxed);
                         shared.last_error.store(Some(Arc::new(error.clone())));
                         self.refused = Some(error);
                     }

@@ -18,7 +18,8 @@ use super::connections::Open;
 use super::flow::{Ending, Flow, Party, Refusal};
 
 /// In what form lines are written.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum AccessLog {
     #[default]
     Off,
@@ -138,7 +139,7 @@ impl Writer {
         let fields = match &record {
             Record::Flush(done) => return Some(done.clone()),
             Record::Ended { at, open, duration, ending } => {
-                fields(*at, &open.flow, open.progress.load(), *duration, ending.as_str(), ending.reason())
+                fields(*at, &open.flow, (open.progress.sent(), open.progress.received()), *duration, ending.as_str(), ending.reason())
             }
             Record::Refused { at, flow, refusal } => {
                 fields(*at, flow, (0, 0), Duration::ZERO, "refused", Some(refusal.to_string()))

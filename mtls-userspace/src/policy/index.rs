@@ -182,14 +182,10 @@ enum Value {
 impl Field {
     /// The values one of which a connection must have for this field to hold. `None` if it can hold otherwise.
     fn required(&self) -> Option<Vec<Value>> {
-        fn texts(values: &Values<Pattern>, value: fn(Pattern) -> Value) -> Option<Vec<Value>> {
-            let any_text = values.any.iter().any(|pattern| matches!(pattern, Pattern::Present));
-            (!any_text).then(|| values.any.iter().cloned().map(value).collect())
-        }
         let required: Vec<Value> = match self {
-            Self::Principal(values) => texts(values, Value::Principal)?,
-            Self::Namespace(values) => texts(values, Value::Namespace)?,
-            Self::ServiceAccount(values) => texts(values, Value::ServiceAccount)?,
+            Self::Principal(values) => values.any.iter().cloned().map(Value::Principal).collect(),
+            Self::Namespace(values) => values.any.iter().cloned().map(Value::Namespace).collect(),
+            Self::ServiceAccount(values) => values.any.iter().cloned().map(Value::ServiceAccount).collect(),
             Self::SourceIp(values) => values.any.iter().copied().map(Value::Source).collect(),
             Self::DestinationIp(values) => values.any.iter().copied().map(Value::Destination).collect(),
             Self::Port(values) => values.any.iter().copied().map(Value::Port).collect(),
@@ -211,7 +207,7 @@ impl Texts {
             Pattern::Exact(text) => self.exact.entry(text).or_default(),
             Pattern::Prefix(text) => self.prefixes.entry(&text),
             Pattern::Suffix(text) => self.suffixes.entry(&text),
-            // Never filed: `required` asks for an exact, prefix or suffix text. The empty prefix means the same.
+            // The empty prefix: any text has it.
             Pattern::Present => self.prefixes.entry(""),
         }
     }

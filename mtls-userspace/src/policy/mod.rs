@@ -54,6 +54,24 @@ impl PortModes {
     }
 }
 
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Strict => "STRICT",
+            Self::Permissive => "PERMISSIVE",
+            Self::Disable => "DISABLE",
+        })
+    }
+}
+
+/// As in `STRICT` or `STRICT, 8080 PERMISSIVE`.
+impl fmt::Display for PortModes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.default)?;
+        self.ports.iter().try_for_each(|(port, mode)| write!(f, ", {port} {mode}"))
+    }
+}
+
 /// A connection that asks to be let in.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {

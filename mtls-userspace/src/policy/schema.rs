@@ -16,7 +16,7 @@ use super::{Invalid, Mode};
 const DRY_RUN: &str = "istio.io/dry-run";
 
 #[derive(Clone, Debug, Deserialize)]
-#[serde(try_from = "Written<PeerAuthenticationSpec>")]
+#[serde(from = "Written<PeerAuthenticationSpec>")]
 pub struct PeerAuthentication {
     pub metadata: ObjectMeta,
     pub spec: PeerAuthenticationSpec,
@@ -33,7 +33,7 @@ pub struct PeerAuthenticationSpec {
 }
 
 #[derive(Clone, Debug, Deserialize)]
-#[serde(try_from = "Written<AuthorizationPolicySpec>")]
+#[serde(from = "Written<AuthorizationPolicySpec>")]
 pub struct AuthorizationPolicy {
     pub metadata: ObjectMeta,
     pub spec: AuthorizationPolicySpec,
@@ -104,35 +104,31 @@ struct Written<S> {
     _api_version: IgnoredAny,
     #[serde(rename = "kind")]
     _kind: IgnoredAny,
+    #[serde(deserialize_with = "metadata")]
     metadata: ObjectMeta,
     spec: Option<S>,
     #[serde(rename = "status")]
     _status: Option<IgnoredAny>,
 }
 
-impl TryFrom<Written<PeerAuthenticationSpec>> for PeerAuthentication {
-    type Error = Invalid;
-
-    fn try_from(written: Written<PeerAuthenticationSpec>) -> Result<Self, Invalid> {
-        dry_run_value(&written.metadata)?;
-        Ok(Self { metadata: written.metadata, spec: written.spec.unwrap_or_default() })
+impl From<Written<PeerAuthenticationSpec>> for PeerAuthentication {
+    fn from(written: Written<PeerAuthenticationSpec>) -> Self {
+        Self { metadata: written.metadata, spec: written.spec.unwrap_or_default() }
     }
 }
 
-impl TryFrom<Written<AuthorizationPolicySpec>> for AuthorizationPolicy {
-    type Error = Invalid;
-
-    fn try_from(written: Written<AuthorizationPolicySpec>) -> Result<Self, Invalid> {
-        dry_run_value(&written.metadata)?;
-        Ok(Self { metadata: written.metadata, spec: written.spec.unwrap_or_default() })
+impl From<Written<AuthorizationPolicySpec>> for AuthorizationPolicy {
+    fn from(written: Written<AuthorizationPolicySpec>) -> Self {
+        Self { metadata: written.metadata, spec: written.spec.unwrap_or_default() }
     }
 }
 
 /// A misspelt value must not turn a trial into enforcement, nor an enforced policy into a trial.
-fn dry_run_value(metadata: &ObjectMeta) -> Result<(), Invalid> {
+fn metadata<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
+    let metadata = ObjectMeta::deserialize(deserializer)?;
     match metadata.annotations.as_ref().and_then(|a| a.get(DRY_RUN)).map(String::as_str) {
-        None | Some("true" | "false") => Ok(()),
-        Some(value) => Err(Invalid::DryRun { value: value.into() }),
+        None | Some("true" | "false") => Ok(metadata),
+        Some(value) => Err(serde::de::Error::custom(Invalid::DryRun { value: value.into() })),
     }
 }
 

@@ -1,1 +1,171 @@
-//! The tunnel.
+//! The tunnel: an identity and a peer's address in, an authenticated [`Stream`] out, and the same from the other end.
+//!
+//! `mtls/1` over TLS 1.3 with mutual SPIFFE identities: one application connection at a time on one TLS connection,
+//! which is reused when both directions have ended cleanly. This room proves who the peer is; it never decides what
+//! the peer may do, and never touches the application's socket.
+//!
+//! ```text
+//! client:  Connector::open ─► (pool │ dial, handshake, identity proven) ─► Stream ─► relay ─► pool
+//! server:  Acceptor::accept ─► ServerTunnel::next ─► Request ─► Stream ─► relay ─► next …
+//! ```
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use rustls::AlertDescription;
+
+use crate::identity::SpiffeId;
+
+mod acceptor;
+mod buffer;
+mod codec;
+mod connector;
+mod frame;
+mod handshake;
+mod pool;
+mod record;
+mod socket;
+mod stream;
+mod tls;
+mod verify;
+
+pub use acceptor::{Acceptor, Request, ServerTunnel};
+pub use connector::{Connector, Target};
+pub use frame::{Frame, FrameError, MAX_DETAIL, MAX_TRACE, Open, Order, RejectReason, Rejection, Role};
+pub use record::{ContentType, Opener, RecordError, Sealer, whole_record};
+pub use stream::Stream;
+pub use tls::TlsConfigs;
+pub use verify::{HandshakeFailure, Peer};
+
+pub(crate) use buffer::{Buffer, HEADROOM, SLOT, SLOT_DATA, SLOTS, Size};
+pub(crate) use codec::{Codec, MAX_RANGES, Pulled};
+pub(crate) use frame::MAX_DATA;
+pub(crate) use socket::{
+    failed, finish_on_close, receive, receive_vectored, reset_on_close, send, send_vectored,
+};
+
+/// Limits and times of the tunnels; shared by all workers, because sessions resume across them.
+#[derive(Debug)]
+pub struct Config {
+    /// TCP connect to a peer's tunnel port.
+    pub connect_timeout: Duration,
+    /// From the first byte of a handshake to its end.
+    pub handshake_timeout: Duration,
+    /// Client side; must be shorter than the server's, so that the client never takes a tunnel that is just closing.
+    pub idle_client: Duration,
+    pub idle_server: Duration,
+    /// `TCP_USER_TIMEOUT`: how long sent bytes may stay unacknowledged.
+    pub user_timeout: Duration,
+    /// Idle tunnels a worker keeps to one destination, and in all.
+    pub idle_per_destination: usize,
+    pub idle_total: usize,
+    /// Records under one key before a KeyUpdate; AES-GCM is safe to 2^24.
+    pub rekey_after: u64,
+    /// What was built for each identity version.
+    pub tls: TlsConfigs,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            connect_timeout: Duration::from_secs(10),
+            handshake_timeout: Duration::from_secs(10),
+            idle_client: Duration::from_secs(60),
+            idle_server: Duration::from_secs(90),
+            user_timeout: Duration::from_secs(30),
+            idle_per_destination: 64,
+            idle_total: 1024,
+            rekey_after: 1 << 22,
+            tls: TlsConfigs::default(),
+        }
+    }
+}
+
+/// What a peer did that the protocol does not allow. Always the peer's fault; the tunnel is reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Violation {
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    #[error("malformed alert")]
+    Alert,
+    #[error("handshake message of type {0} where none is allowed")]
+    Handshake(u8),
+    #[error("application data inside a handshake message")]
+    Interleaved,
+    #[error("key updates without end")]
+    KeyUpdates,
+    #[error("handshake flight larger than {0} bytes")]
+    Flight(usize),
+    #[error("control records larger than their headroom")]
+    Headroom,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot open a socket for a tunnel to {address}: {source}")]
+    Dial { address: SocketAddr, source: io::Error },
+
+    #[error("cannot connect to the tunnel port {address}: {source}; is an agent serving that pod?")]
+    Connect { address: SocketAddr, source: io::Error },
+
+    #[error("no answer from the tunnel port {address} within {} s", waited.as_secs_f32())]
+    ConnectTimedOut { address: SocketAddr, waited: Duration },
+
+    #[error("the peer did not finish the handshake within {} s", waited.as_secs_f32())]
+    HandshakeTimedOut { waited: Duration },
+
+    #[error("handshake failed ({failure}): {source}")]
+    Handshake { failure: HandshakeFailure, source: rustls::Error },
+
+    #[error("the peer is not who it must be ({failure}): expected {expected}, found {found:?}")]
+    Identity { failure: HandshakeFailure, expected: String, found: Option<SpiffeId> },
+
+    #[error("the peer refused us with the TLS alert {alert:?}; its log says more")]
+    Refused { alert: AlertDescription },
+
+    #[error("the peer closed the connection during the handshake")]
+    HandshakeCut,
+
+    #[error("the peer broke the protocol: {0}")]
+    Protocol(Violation),
+
+    #[error("TLS after the handshake failed: {0}")]
+    Tls(rustls::Error),
+
+    #[error("the certificate or key of {id} cannot be used: {source}")]
+    Credentials { id: SpiffeId, source: rustls::Error },
+
+    #[error("the trust bundle of {id} holds a root that is no certificate: {source}")]
+    Bundle { id: SpiffeId, source: webpki::Error },
+
+    #[error("the tunnel's connection failed: {0}")]
+    Io(#[from] io::Error),
+
+    #[error("the tunnel is in the middle of another stream")]
+    Busy,
+}
+
+impl Error {
+    fn tls(source: rustls::Error) -> Self {
+        Self::Tls(source)
+    }
+
+    /// The metrics label, where the error says that one end refused the other.
+    pub fn handshake_failure(&self) -> Option<HandshakeFailure> {
+        match self {
+            Self::Handshake { failure, .. } | Self::Identity { failure, .. } => Some(*failure),
+            Self::Refused { alert } => Some(HandshakeFailure::of_alert(*alert)),
+            Self::Protocol(_) => Some(HandshakeFailure::Protocol),
+            _ => None,
+        }
+    }
+}
+
+impl<V: Into<Violation>> From<V> for Error {
+    fn from(violation: V) -> Self {
+        Self::Protocol(violation.into())
+    }
+}

@@ -1,17 +1,17 @@
 //! The access log: one line per connection that ended or was refused.
 
 use std::io::Write;
-use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use mtls::addr::OriginalSrc;
 use mtls::observe::{AccessLog, Direction, Ending, Flow, Observer, Refusal, Settings};
+use mtls::policy::Reason;
 use serde_json::{Value, json};
 
 use crate::agent::{Agent, Lines};
-use crate::flows::{CIPHER, stranger_to_db, web_to_db};
+use crate::flows::{CIPHER, denied, stranger_to_db, strict, web_to_db};
 
 fn only(lines: &[String]) -> &str {
     assert_eq!(lines.len(), 1, "{lines:#?}");
@@ -34,8 +34,8 @@ fn untimed(line: &str) -> Value {
 fn a_json_line_says_who_spoke_to_whom_and_how_it_ended() {
     let agent = Agent::logging(AccessLog::Json);
     let connection = agent.observer.open(web_to_db(Direction::Outbound));
-    connection.progress().sent.store(1000, Ordering::Relaxed);
-    connection.progress().received.store(7, Ordering::Relaxed);
+    connection.progress().add_sent(1000);
+    connection.progress().add_received(7);
     assert_eq!(agent.lines(), [""; 0], "an open connection has no line yet");
     connection.close(Ending::Clean);
     let expected = json!({
@@ -63,7 +63,7 @@ fn a_json_line_says_who_spoke_to_whom_and_how_it_ended() {
 #[test]
 fn a_text_line_has_the_same_fields_and_a_dash_for_what_is_not_known() {
     let agent = Agent::logging(AccessLog::Text);
-    agent.observer.refused(stranger_to_db(), Refusal::PlaintextToStrict);
+    agent.observer.refused(stranger_to_db(), strict());
     let lines = agent.lines();
     let (time, line) = only(&lines).split_once(' ').unwrap();
     time.strip_prefix("time=").unwrap().parse::<Timestamp>().unwrap();
@@ -78,13 +78,17 @@ fn a_text_line_has_the_same_fields_and_a_dash_for_what_is_not_known() {
 
 #[test]
 fn every_ending_has_its_word_and_its_reason() {
-    let denied = || Refusal::Denied { policy: Some("data/only-shop".into()) };
+    let by_peer = || Refusal::DeniedByPeer { detail: "denied by data/only-shop".into() };
     let table = [
         (Ending::Clean, "clean", Value::Null),
         (Ending::ResetBySource, "reset_by_source", Value::Null),
         (Ending::ResetByDestination, "reset_by_destination", Value::Null),
-        (Ending::Rejected(denied()), "rejected", json!("denied by data/only-shop")),
-        (Ending::Rejected(Refusal::Denied { policy: None }), "rejected", json!("no ALLOW policy matched")),
+        (Ending::Rejected(by_peer()), "rejected", json!("the destination's agent: denied by data/only-shop")),
+        (
+            Ending::Rejected(denied(Reason::NoAllowMatched, None)),
+            "rejected",
+            json!("no ALLOW policy matched"),
+        ),
         (Ending::Revoked("data/strict".into()), "revoked", json!("data/strict")),
         (Ending::Truncated, "truncated", Value::Null),
         (Ending::Error("no route".into()), "error", json!("no route")),
@@ -130,7 +134,7 @@ fn a_reason_cannot_forge_a_line_or_drive_a_terminal() {
 fn an_access_log_that_is_off_writes_nothing() {
     let agent = Agent::start();
     agent.observer.open(web_to_db(Direction::Inbound)).close(Ending::Clean);
-    agent.observer.refused(stranger_to_db(), Refusal::PlaintextToStrict);
+    agent.observer.refused(stranger_to_db(), strict());
     assert_eq!(agent.lines(), [""; 0]);
 }
 
@@ -161,7 +165,7 @@ fn a_stuck_output_holds_up_no_connection_and_lost_lines_are_said() {
     let stuck = Stuck { writing, go: wait, out: out.clone() };
     let settings = Settings { access_log: AccessLog::Json, ..Settings::new("node-a") };
     let observer = Observer::with_log(settings, Box::new(stuck));
-    observer.refused(stranger_to_db(), Refusal::PlaintextToStrict);
+    observer.refused(stranger_to_db(), strict());
     written.recv_timeout(Duration::from_secs(10)).unwrap();
     let start = Instant::now();
     for port in 0..CONNECTIONS {

@@ -5,14 +5,13 @@ use std::net::TcpListener;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use mtls::observe::{Admin, Connection, Direction, Ending, Enrolment, Error, MeshRow, Refusal};
+use mtls::observe::{Admin, Connection, Direction, Ending, Enrolment, Error, MeshRow};
 use serde_json::json;
 
 use crate::agent::{Agent, mode};
-use crate::flows::{stranger_to_db, web_to_db};
+use crate::flows::{stranger_to_db, strict, web_to_db};
 use crate::health_metrics::{identity_row, pod_row};
 
 #[test]
@@ -59,9 +58,9 @@ fn status_shows_the_agent_its_pods_certificates_and_connections() {
     let mesh = MeshRow { generation: 7, workloads: 12, last_error: Some("pods.yaml".into()), errors: 1 };
     agent.observer.set_mesh(Arc::new(move || mesh.clone()));
     agent.observer.open(web_to_db(Direction::Inbound)).close(Ending::Clean);
-    agent.observer.refused(stranger_to_db(), Refusal::PlaintextToStrict);
+    agent.observer.refused(stranger_to_db(), strict());
     let open = agent.observer.open(web_to_db(Direction::Outbound));
-    open.progress().sent.store(1000, Ordering::Relaxed);
+    open.progress().add_sent(1000);
     let status = agent.local("/status").json();
     assert_eq!(status["agent"]["node"], "node-a");
     assert_eq!(status["agent"]["pid"], std::process::id());

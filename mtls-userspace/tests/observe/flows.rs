@@ -5,7 +5,8 @@ use std::sync::Arc;
 use mtls::addr::{OriginalDst, OriginalSrc};
 use mtls::identity::SpiffeId;
 use mtls::mesh::Workload;
-use mtls::observe::{Direction, Flow, Party, Path};
+use mtls::observe::{Direction, Flow, Party, Path, Refusal};
+use mtls::policy::{Denied, Reason};
 
 pub const CIPHER: &str = "TLS13_AES_128_GCM_SHA256";
 
@@ -49,6 +50,15 @@ pub fn web_to_db(direction: Direction) -> Flow {
         service: Some("data/postgres".into()),
         cipher: Some(CIPHER),
     }
+}
+
+/// What the policy room says.
+pub fn denied(reason: Reason, policy: Option<&str>) -> Refusal {
+    Refusal::Denied(Denied { reason, policy: policy.map(Into::into), dry_run: None })
+}
+
+pub fn strict() -> Refusal {
+    denied(Reason::StrictMode, None)
 }
 
 /// Plaintext from an address that nobody knows.

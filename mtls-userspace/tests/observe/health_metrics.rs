@@ -8,12 +8,13 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use mtls::observe::{
     Direction, Ending, Enrolment, HandshakeFailure, IdentityRow, IssuerRole, IssuerRow, MeshRow, Plaintext,
-    PodRow, Refusal,
+    PodRow,
 };
+use mtls::policy::Reason;
 
 use crate::agent::{Agent, ask};
 use crate::exposition::Samples;
-use crate::flows::{pod, stranger_to_db, web_to_db};
+use crate::flows::{denied, pod, stranger_to_db, strict, web_to_db};
 
 #[test]
 fn handshakes_and_tunnels_are_counted_by_what_came_of_them() {
@@ -45,7 +46,7 @@ fn plaintext_is_counted_per_destination_and_port_and_tunnelled_connections_are_n
     agent.observer.open(web_to_db(Direction::Inbound)).close(Ending::Clean);
     agent.scrape().none("mtls_plaintext_connections_total", &[]);
     agent.observer.open(stranger_to_db()).close(Ending::Clean);
-    agent.observer.refused(stranger_to_db(), Refusal::PlaintextToStrict);
+    agent.observer.refused(stranger_to_db(), strict());
     // What the kernel refused by itself.
     let db = pod("data", "db-1", &[("statefulset.kubernetes.io/pod-name", "db-1")]);
     agent.observer.plaintext(&db, 5432, Plaintext::Refused);
@@ -167,7 +168,7 @@ fn scrape_of_everything(agent: &Agent) -> String {
     connect_rooms(agent);
     agent.observer.open(web_to_db(Direction::Outbound)).close(Ending::Clean);
     agent.observer.open(stranger_to_db()).close(Ending::ResetBySource);
-    agent.observer.refused(web_to_db(Direction::Inbound), Refusal::Denied { policy: None });
+    agent.observer.refused(web_to_db(Direction::Inbound), denied(Reason::NoAllowMatched, None));
     agent.observer.handshake_done(Direction::Outbound, false);
     agent.observer.handshake_failed(Direction::Inbound, HandshakeFailure::Expired);
     agent.observer.tunnel_opened(Direction::Outbound);

@@ -4,7 +4,6 @@ use std::io::Write;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use clap::Parser;
 use mtls::cli::status::{self, Args, Error, Tables};
@@ -43,7 +42,7 @@ fn people_get_tables() {
     let mesh = MeshRow { generation: 7, workloads: 12, last_error, errors: 1 };
     agent.observer.set_mesh(Arc::new(move || mesh.clone()));
     let tunnel = agent.observer.open(web_to_db(Direction::Outbound));
-    tunnel.progress().sent.store(1_500_000, Ordering::Relaxed);
+    tunnel.progress().add_sent(1_500_000);
     let plaintext = agent.observer.open(stranger_to_db());
     let mut status: Status = serde_json::from_value(agent.local("/status").json()).unwrap();
     // What differs from run to run.
@@ -159,10 +158,9 @@ fn something_else_on_the_socket_is_an_error() {
         let listener = UnixListener::bind(&socket).unwrap();
         let serving = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
-            stream.write_all(answer.as_bytes()).unwrap();
-            // Until the request is read, closing would be a reset.
             let mut request = [0; 1024];
-            let _ = std::io::Read::read(&mut stream, &mut request);
+            assert!(std::io::Read::read(&mut stream, &mut request).unwrap() > 0);
+            stream.write_all(answer.as_bytes()).unwrap();
         });
         let error = run(&socket, &[]).unwrap_err().to_string();
         assert!(error.contains(expected) && error.contains("admin.sock"), "{expected}: {error}");

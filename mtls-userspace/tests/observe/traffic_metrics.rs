@@ -1,13 +1,13 @@
 //! Istio's standard TCP metrics, as a scraper reads them.
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use mtls::observe::{Connection, Direction, Ending, Flow, HandshakeFailure, Path, Refusal, Settings};
+use mtls::policy::Reason;
 
 use crate::agent::Agent;
 use crate::exposition::Labels;
-use crate::flows::{pod, spiffe, stranger_to_db, web_to_db};
+use crate::flows::{denied, pod, spiffe, stranger_to_db, web_to_db};
 
 const OPENED: &str = "istio_tcp_connections_opened_total";
 const CLOSED: &str = "istio_tcp_connections_closed_total";
@@ -15,9 +15,9 @@ const FAILED: &str = "istio_tcp_connections_failed_total";
 const SENT: &str = "istio_tcp_sent_bytes_total";
 const RECEIVED: &str = "istio_tcp_received_bytes_total";
 
-fn relay(connection: &Connection, sent: u64, received: u64) {
-    connection.progress().sent.fetch_add(sent, Ordering::Relaxed);
-    connection.progress().received.fetch_add(received, Ordering::Relaxed);
+fn relay(connection: &Connection, sent: usize, received: usize) {
+    connection.progress().add_sent(sent);
+    connection.progress().add_received(received);
 }
 
 #[test]
@@ -130,7 +130,7 @@ fn how_a_connection_ended_shows_in_the_response_flags_of_its_close() {
         (Direction::Outbound, Ending::Truncated, "UC"),
         (Direction::Inbound, Ending::Truncated, "DC"),
         (Direction::Inbound, revoked(), "DENY"),
-        (Direction::Outbound, Ending::Rejected(Refusal::Denied { policy: None }), "DENY"),
+        (Direction::Outbound, Ending::Rejected(Refusal::DeniedByPeer { detail: "policy".into() }), "DENY"),
         (Direction::Outbound, Ending::Rejected(Refusal::ConnectRefused), "CONNECT"),
         (
             Direction::Outbound,
@@ -153,19 +153,30 @@ fn how_a_connection_ended_shows_in_the_response_flags_of_its_close() {
 #[test]
 fn a_refused_connection_was_never_open() {
     let agent = Agent::start();
-    let policy = Some("data/only-shop".into());
-    agent.observer.refused(web_to_db(Direction::Inbound), Refusal::Denied { policy });
+    let by_policy = denied(Reason::DenyPolicy, Some("data/only-shop"));
+    agent.observer.refused(web_to_db(Direction::Inbound), by_policy);
     agent.observer.refused(web_to_db(Direction::Outbound), Refusal::NoEndpoint);
     let samples = agent.scrape();
     assert_eq!(samples.one(FAILED, &[("response_flags", "DENY"), ("reporter", "destination")]), 1.0);
     assert_eq!(samples.one(FAILED, &[("response_flags", "CONNECT"), ("reporter", "source")]), 1.0);
-    let denied = [("direction", "inbound"), ("reason", "denied"), ("policy", "data/only-shop")];
-    assert_eq!(samples.one("mtls_connections_refused_total", &denied), 1.0);
+    let by_policy = [("direction", "inbound"), ("reason", "deny_policy"), ("policy", "data/only-shop")];
+    assert_eq!(samples.one("mtls_connections_refused_total", &by_policy), 1.0);
     let nowhere = [("direction", "outbound"), ("reason", "no_endpoint"), ("policy", "")];
     assert_eq!(samples.one("mtls_connections_refused_total", &nowhere), 1.0);
     for name in [OPENED, CLOSED, SENT, RECEIVED] {
         samples.none(name, &[]);
     }
+}
+
+#[test]
+fn what_a_peer_says_is_no_label() {
+    let agent = Agent::start();
+    let said = Refusal::DeniedByPeer { detail: "said-by-the-peer".into() };
+    agent.observer.open(web_to_db(Direction::Outbound)).close(Ending::Rejected(said.clone()));
+    agent.observer.refused(web_to_db(Direction::Outbound), said);
+    let labels = [("direction", "outbound"), ("reason", "denied_by_peer"), ("policy", "")];
+    assert_eq!(agent.scrape().one("mtls_connections_refused_total", &labels), 2.0);
+    assert!(!agent.get("/metrics").body.contains("said-by-the-peer"));
 }
 
 #[test]
@@ -198,7 +209,8 @@ fn only_tls_is_called_mutual_tls() {
         let agent = Agent::start();
         let connection = agent.observer.open(Flow { path, ..web_to_db(Direction::Inbound) });
         let samples = agent.scrape();
-        assert_eq!(samples.of(OPENED, &[])[0].0["connection_security_policy"], security);
+        let label = [("reporter", "destination"), ("connection_security_policy", security)];
+        assert_eq!(samples.one(OPENED, &label), 1.0);
         let open = samples.of("mtls_connections_open", &[]);
         assert_eq!(open.len(), 8, "every way is there, so that a missing one is not mistaken for none");
         let here = [("direction", "inbound"), ("path", path.as_str())];
@@ -207,6 +219,28 @@ fn only_tls_is_called_mutual_tls() {
         connection.close(Ending::Clean);
         assert_eq!(agent.scrape().sum("mtls_connections_open", &[]), 0.0);
     }
+}
+
+#[test]
+fn a_connection_within_the_node_is_reported_by_both_ends() {
+    let agent = Agent::start();
+    for direction in [Direction::Outbound, Direction::Inbound] {
+        let connection = agent.observer.open(Flow { path: Path::SameNode, ..web_to_db(direction) });
+        relay(&connection, 10, 3);
+        connection.close(Ending::Clean);
+    }
+    let flow = || Flow { path: Path::SameNode, ..web_to_db(Direction::Outbound) };
+    agent.observer.open(flow()).close(Ending::ResetBySource);
+    agent.observer.refused(flow(), denied(Reason::NoAllowMatched, None));
+    let samples = agent.scrape();
+    for reporter in ["source", "destination"] {
+        let well = [("reporter", reporter), ("response_flags", "-")];
+        assert_eq!((samples.one(OPENED, &well), samples.one(CLOSED, &well)), (3.0, 2.0));
+        assert_eq!((samples.one(RECEIVED, &well), samples.one(SENT, &well)), (20.0, 6.0));
+        assert_eq!(samples.one(CLOSED, &[("reporter", reporter), ("response_flags", "DC")]), 1.0);
+        assert_eq!(samples.one(FAILED, &[("reporter", reporter), ("response_flags", "DENY")]), 1.0);
+    }
+    assert_eq!(samples.sum("mtls_connections_refused_total", &[]), 1.0);
 }
 
 #[test]

@@ -29,11 +29,16 @@ impl Files {
     pub fn send(&self, client: &Pod, bytes: u64) -> Result<Session> {
         let earlier = self.server.all_json_with("accepted").len();
         let (address, count) = (self.address.to_string(), bytes.to_string());
-        let sender = client.start_app(&["dial", "upload", &address, "--bytes", &count, "--limit-ms", "120000"])?;
+        let sender =
+            client.start_app(&["dial", "upload", &address, "--bytes", &count, "--limit-ms", "120000"])?;
         let answer = sender.finish_within(Duration::from_secs(180))?.success()?.json()?;
-        ensure!(answer["match"] == true && answer["sent"] == bytes && answer["ended"] == "eof", "sending went {answer}");
+        ensure!(
+            answer["match"] == true && answer["sent"] == bytes && answer["ended"] == "eof",
+            "sending went {answer}"
+        );
         let accepted = self.server.all_json_with("accepted");
-        let seen = accepted.get(earlier).and_then(|line| line["accepted"].as_str()).context("no record of it")?;
+        let seen =
+            accepted.get(earlier).and_then(|line| line["accepted"].as_str()).context("no record of it")?;
         let gigabits = bytes as f64 * 8e-9 / answer["seconds"].as_f64().unwrap_or(f64::INFINITY);
         Ok(Session {
             what: "one large transfer",

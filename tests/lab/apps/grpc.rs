@@ -3,7 +3,6 @@
 use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
 
 use super::{Session, ip_in};
 use crate::{MARKER, Pod, Running};
@@ -34,8 +33,11 @@ impl Grpc {
         let answer = client.app(&["chat-dial", &address, "--lines", "1000", "--message", MARKER])?;
         ensure!(answer["turns"] == 1000 && answer["ended"] == "eof", "the stream went {answer}");
         let accepted = self.server.all_json_with("accepted");
-        let seen = accepted.get(earlier).and_then(|line| line["accepted"].as_str()).context("no record of the call")?;
-        ensure!(answer["caller"] == Value::from(seen), "the server told {answer}, and recorded {seen}");
+        let seen = accepted
+            .get(earlier)
+            .and_then(|line| line["accepted"].as_str())
+            .context("no record of the call")?;
+        ensure!(answer["caller"] == *seen, "the server told {answer}, and recorded {seen}");
         Ok(Session { what: "gRPC, two-way stream", done: "1000 messages".into(), client_seen: ip_in(seen)? })
     }
 }

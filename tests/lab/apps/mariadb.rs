@@ -21,7 +21,12 @@ impl MariaDb {
         let dir = data_dir(lab, pod, "mariadb", Some("mysql"))?;
         let data = dir.join("data");
         let mut install = pod.command(program("mariadb-install-db")?);
-        install.args(["--no-defaults", "--user=mysql", "--skip-test-db", "--auth-root-authentication-method=normal"]);
+        install.args([
+            "--no-defaults",
+            "--user=mysql",
+            "--skip-test-db",
+            "--auth-root-authentication-method=normal",
+        ]);
         install.arg(format!("--datadir={}", data.display()));
         Running::start(install)?.finish()?.success().context("mariadb-install-db")?;
         let first = dir.join("first.sql");
@@ -33,7 +38,13 @@ impl MariaDb {
             ),
         )?;
         let mut command = pod.command(program("mariadbd")?);
-        command.args(["--no-defaults", "--user=mysql", "--bind-address=*", "--skip-name-resolve", "--skip-log-bin"]);
+        command.args([
+            "--no-defaults",
+            "--user=mysql",
+            "--bind-address=*",
+            "--skip-name-resolve",
+            "--skip-log-bin",
+        ]);
         command.args(["--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=32M"]);
         command.arg(format!("--port={}", Self::PORT)).arg(format!("--datadir={}", data.display()));
         command.arg(format!("--socket={}", dir.join("socket").display()));
@@ -57,11 +68,13 @@ impl MariaDb {
         client.run("mariadb-slap", &args)?.success().context("mariadb-slap")?;
         let note = self.query(client, "SELECT note FROM lab.notes")?;
         ensure!(note.trim() == MARKER, "the table says {note:?}");
-        let seen = self.query(
-            client,
-            "SELECT host FROM information_schema.processlist WHERE id = CONNECTION_ID()",
-        )?;
-        Ok(Session { what: "MariaDB, server speaks first", done: "2000 queries".into(), client_seen: ip_in(&seen)? })
+        let seen =
+            self.query(client, "SELECT host FROM information_schema.processlist WHERE id = CONNECTION_ID()")?;
+        Ok(Session {
+            what: "MariaDB, server speaks first",
+            done: "2000 queries".into(),
+            client_seen: ip_in(&seen)?,
+        })
     }
 
     pub fn query(&self, client: &Pod, sql: &str) -> Result<String> {

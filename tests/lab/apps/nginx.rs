@@ -41,7 +41,13 @@ impl Nginx {
             ),
         )?;
         let mut command = pod.command(program("nginx")?);
-        command.arg("-p").arg(&dir).arg("-e").arg(dir.join("error.log")).arg("-c").arg(dir.join("nginx.conf"));
+        command
+            .arg("-p")
+            .arg(&dir)
+            .arg("-e")
+            .arg(dir.join("error.log"))
+            .arg("-c")
+            .arg(dir.join("nginx.conf"));
         let mut server = Running::start(command)?.stopped_by(Signal::SIGTERM);
         let address = await_listening(pod, port, &mut server)?;
         Ok(Self { _server: server, address, access_log: dir.join("access.log"), dir })
@@ -86,7 +92,10 @@ impl Nginx {
         let copy = self.dir.join(format!("copy-for-{}", client.name()));
         let url = format!("http://{}/{name}", self.address);
         client.run("curl", &["-sS", "--fail", "-o", &copy.to_string_lossy(), &url])?.success()?;
-        let sums = client.run("sha256sum", &[&original.to_string_lossy(), &copy.to_string_lossy()])?.success()?.stdout;
+        let sums = client
+            .run("sha256sum", &[&original.to_string_lossy(), &copy.to_string_lossy()])?
+            .success()?
+            .stdout;
         let mut sums = sums.lines().filter_map(|line| line.split(' ').next());
         let (first, second) = (sums.next(), sums.next());
         ensure!(first.is_some() && first == second, "the file arrived changed: {first:?}, {second:?}");
@@ -100,10 +109,14 @@ impl Nginx {
 
     fn load(&self, what: &'static str, client: &Pod, at: SocketAddr, args: &[&str]) -> Result<Session> {
         let url = format!("http://{at}/index.html");
-        let finished = client.run("wrk", &[&["-t", "1", "-d", "2s", "--timeout", "10s"], args, &[&url]].concat())?;
+        let finished =
+            client.run("wrk", &[&["-t", "1", "-d", "2s", "--timeout", "10s"], args, &[&url]].concat())?;
         let out = finished.success()?.stdout;
         ensure!(!out.contains("Socket errors") && !out.contains("Non-2xx"), "wrk saw errors:\n{out}");
-        let line = out.lines().find(|line| line.contains("requests in")).with_context(|| format!("wrk said:\n{out}"))?;
+        let line = out
+            .lines()
+            .find(|line| line.contains("requests in"))
+            .with_context(|| format!("wrk said:\n{out}"))?;
         let requests: u64 = line.trim().split(' ').next().unwrap_or_default().parse()?;
         ensure!(requests > 100, "only {requests} requests in two seconds:\n{out}");
         Ok(Session { what, done: format!("{requests} requests"), client_seen: self.last_client()? })

@@ -23,7 +23,10 @@ impl Postgres {
         init.arg("-D").arg(&dir).args(["--no-sync", "-A", "trust", "--no-instructions", "-E", "UTF8"]);
         Running::start(init)?.finish()?.success().context("initdb")?;
         let rules = dir.join("pg_hba.conf");
-        std::fs::write(&rules, "local all all trust\nhost all all 0.0.0.0/0 trust\nhost all all ::/0 trust\n")?;
+        std::fs::write(
+            &rules,
+            "local all all trust\nhost all all 0.0.0.0/0 trust\nhost all all ::/0 trust\n",
+        )?;
         let mut command = as_user(pod, "postgres", &program("postgres")?);
         command.arg("-D").arg(&dir).arg("-k").arg(&dir);
         for setting in ["listen_addresses=*", "fsync=off", "max_connections=50", "shared_buffers=16MB"] {
@@ -51,8 +54,13 @@ impl Postgres {
         ensure!(out.contains("number of failed transactions: 0 "), "transactions failed:\n{out}");
         let note = self.query(client, "select note from notes")?;
         ensure!(note.trim() == MARKER, "the table says {note:?}");
-        let seen = self.query(client, "select client_addr from pg_stat_activity where pid = pg_backend_pid()")?;
-        Ok(Session { what: "PostgreSQL, pgbench", done: format!("{count} transactions"), client_seen: ip_in(&seen)? })
+        let seen =
+            self.query(client, "select client_addr from pg_stat_activity where pid = pg_backend_pid()")?;
+        Ok(Session {
+            what: "PostgreSQL, pgbench",
+            done: format!("{count} transactions"),
+            client_seen: ip_in(&seen)?,
+        })
     }
 
     pub fn query(&self, client: &Pod, sql: &str) -> Result<String> {
@@ -64,7 +72,8 @@ impl Postgres {
     fn pgbench(&self, client: &Pod, args: &[&str]) -> Result<String> {
         let (host, port) = (self.address.ip().to_string(), self.address.port().to_string());
         let place = ["-h", &host, "-p", &port, "-U", "postgres"];
-        let finished = client.run("pgbench", &[args, &place, &["postgres"]].concat())?.success().context("pgbench")?;
+        let finished =
+            client.run("pgbench", &[args, &place, &["postgres"]].concat())?.success().context("pgbench")?;
         Ok(finished.stdout)
     }
 }

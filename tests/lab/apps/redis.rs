@@ -35,7 +35,8 @@ impl Redis {
     /// Reads and writes on many connections, then a question about ourselves.
     pub fn benchmark(&self, client: &Pod) -> Result<Session> {
         let (host, port) = (self.address.ip().to_string(), self.address.port().to_string());
-        let args = ["-h", &host, "-p", &port, "-n", "10000", "-c", "32", "-t", "set,get", "-d", "256", "--csv"];
+        let args =
+            ["-h", &host, "-p", &port, "-n", "10000", "-c", "32", "-t", "set,get", "-d", "256", "--csv"];
         let out = client.run("redis-benchmark", &args)?.success()?.stdout;
         ensure!(out.contains("\"SET\"") && out.contains("\"GET\""), "redis-benchmark said:\n{out}");
         self.cli(client, &["SET", "note", MARKER])?;
@@ -43,9 +44,16 @@ impl Redis {
         ensure!(note.trim() == MARKER, "the note reads {note:?}");
         let list = self.cli(client, &["CLIENT", "LIST"])?;
         // The one that asks is the one that runs `client`.
-        let line = list.lines().find(|line| line.contains("cmd=client")).with_context(|| format!("who asks? {list}"))?;
+        let line = list
+            .lines()
+            .find(|line| line.contains("cmd=client"))
+            .with_context(|| format!("who asks? {list}"))?;
         let seen = line.split(' ').find_map(|field| field.strip_prefix("addr=")).context("no addr field")?;
-        Ok(Session { what: "Redis, redis-benchmark", done: "20000 commands".into(), client_seen: ip_in(seen)? })
+        Ok(Session {
+            what: "Redis, redis-benchmark",
+            done: "20000 commands".into(),
+            client_seen: ip_in(seen)?,
+        })
     }
 
     pub fn cli(&self, client: &Pod, args: &[&str]) -> Result<String> {

@@ -1,0 +1,206 @@
+//! Two plain sockets: same-node connections between pods, and plaintext that policy lets pass.
+
+use std::future::Future;
+use std::io;
+use std::net::Shutdown;
+use std::pin::pin;
+use std::task::{Context, Poll, ready};
+
+use socket2::SockRef;
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+
+use crate::tunnel::{Buffer, Size, failed, finish_on_close, receive, reset_on_close, send};
+
+use super::{End, Progress, Report, is_reset};
+
+const TURN: usize = 512 * 1024;
+
+/// Relays until both directions have ended, one side is reset, or `stop` resolves. Until a clean end both sockets are
+/// marked to be reset when they are closed, by the caller who drops them right after or by the end of the process: an
+/// agent that is killed never makes a cut transfer look complete.
+pub async fn plain(
+    a: &TcpStream,
+    b: &TcpStream,
+    progress: &Progress,
+    stop: impl Future<Output = ()>,
+) -> Report {
+    reset_on_close(a);
+    reset_on_close(b);
+    let end = {
+        let mut stop = pin!(stop);
+        let mut a_error = pin!(a.ready(Interest::ERROR));
+        let mut b_error = pin!(b.ready(Interest::ERROR));
+        let mut watched = false;
+        let (mut forth, mut back) = (Copy::new(a, b), Copy::new(b, a));
+        std::future::poll_fn(|cx| {
+            if stop.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(End::Revoked);
+            }
+            if !watched {
+                watched = true;
+                let _ = a_error.as_mut().poll(cx);
+                let _ = b_error.as_mut().poll(cx);
+            }
+            poll_both(&mut forth, &mut back, progress, cx)
+        })
+        .await
+    };
+    if matches!(end, End::Clean) {
+        finish_on_close(a);
+        finish_on_close(b);
+    }
+    Report::new(progress, end)
+}
+
+fn poll_both<'a>(
+    forth: &mut Copy<'a>,
+    back: &mut Copy<'a>,
+    progress: &Progress,
+    cx: &mut Context<'_>,
+) -> Poll<End> {
+    (forth.turn, back.turn) = (0, 0);
+    loop {
+        let before = (forth.source_failed, back.source_failed);
+        let went = match forth.poll(cx, back, |n| progress.add_sent(n)) {
+            Poll::Ready(Err(fault)) => return Poll::Ready(fault.seen_from_a(true)),
+            went => went.is_ready(),
+        };
+        let came = match back.poll(cx, forth, |n| progress.add_received(n)) {
+            Poll::Ready(Err(fault)) => return Poll::Ready(fault.seen_from_a(false)),
+            came => came.is_ready(),
+        };
+        if went && came {
+            return Poll::Ready(End::Clean);
+        }
+        if before == (forth.source_failed, back.source_failed) {
+            break;
+        }
+    }
+    let waiting = forth.turn < TURN && back.turn < TURN;
+    if waiting && failed(forth.source) {
+        return Poll::Ready(End::AppReset);
+    }
+    if waiting && failed(back.source) {
+        return Poll::Ready(End::PeerReset);
+    }
+    Poll::Pending
+}
+
+/// Which end of a direction failed.
+enum Fault {
+    SourceReset,
+    SinkReset,
+    Io(io::Error),
+}
+
+impl Fault {
+    fn seen_from_a(self, source_is_a: bool) -> End {
+        match (self, source_is_a) {
+            (Self::Io(error), _) => End::Io(error),
+            (Self::SourceReset, true) | (Self::SinkReset, false) => End::AppReset,
+            (Self::SourceReset, false) | (Self::SinkReset, true) => End::PeerReset,
+        }
+    }
+}
+
+/// One direction.
+struct Copy<'a> {
+    source: &'a TcpStream,
+    sink: &'a TcpStream,
+    buffer: Option<Buffer>,
+    start: usize,
+    end: usize,
+    large: bool,
+    ended: bool,
+    /// Writing to this direction's source failed: its bytes are read to their end, which is then a reset.
+    source_failed: bool,
+    /// The sink can't be written to any more.
+    dead: bool,
+    turn: usize,
+}
+
+impl<'a> Copy<'a> {
+    fn new(source: &'a TcpStream, sink: &'a TcpStream) -> Self {
+        Self {
+            source,
+            sink,
+            buffer: None,
+            start: 0,
+            end: 0,
+            large: false,
+            ended: false,
+            source_failed: false,
+            dead: false,
+            turn: 0,
+        }
+    }
+
+    fn poll(
+        &mut self,
+        cx: &mut Context<'_>,
+        opposite: &mut Self,
+        moved: impl Fn(usize),
+    ) -> Poll<Result<(), Fault>> {
+        loop {
+            if self.dead {
+                return Poll::Pending;
+            }
+            if let Err(fault) = ready!(self.poll_flush(cx, &moved)) {
+                // The sink may have said something before it went: the opposite direction reads it to the end.
+                if opposite.ended {
+                    return Poll::Ready(Err(fault));
+                }
+                (self.buffer, self.dead, opposite.source_failed) = (None, true, true);
+                return Poll::Pending;
+            }
+            if self.ended {
+                return Poll::Ready(Ok(()));
+            }
+            if self.turn >= TURN {
+                let _ = pin!(tokio::task::yield_now()).poll(cx);
+                return Poll::Pending;
+            }
+            let mut buffer = Buffer::take(if self.large { Size::Large } else { Size::Small });
+            match receive(self.source, &mut buffer) {
+                Ok(0) if self.source_failed => return Poll::Ready(Err(Fault::SourceReset)),
+                Ok(0) => {
+                    self.ended = true;
+                    // Fails only if the sink is gone, which reading it will tell.
+                    let _ = SockRef::from(self.sink).shutdown(Shutdown::Write);
+                }
+                Ok(n) => {
+                    self.large = n == buffer.len() || n > buffer.len() / 2 && buffer.size() == Size::Large;
+                    self.turn += n;
+                    (self.start, self.end) = (0, n);
+                    self.buffer = Some(buffer);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    drop(buffer);
+                    ready!(self.source.poll_read_ready(cx)).map_err(Fault::Io)?;
+                }
+                Err(error) if is_reset(&error) => return Poll::Ready(Err(Fault::SourceReset)),
+                Err(error) => return Poll::Ready(Err(Fault::Io(error))),
+            }
+        }
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>, moved: &impl Fn(usize)) -> Poll<Result<(), Fault>> {
+        let Some(buffer) = &self.buffer else { return Poll::Ready(Ok(())) };
+        while self.start < self.end {
+            match send(self.sink, &buffer[self.start..self.end]) {
+                Ok(n) => {
+                    self.start += n;
+                    moved(n);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    ready!(self.sink.poll_write_ready(cx)).map_err(Fault::Io)?;
+                }
+                Err(error) if is_reset(&error) => return Poll::Ready(Err(Fault::SinkReset)),
+                Err(error) => return Poll::Ready(Err(Fault::Io(error))),
+            }
+        }
+        self.buffer = None;
+        Poll::Ready(Ok(()))
+    }
+}

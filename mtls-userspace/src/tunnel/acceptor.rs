@@ -1,0 +1,164 @@
+//! The server end: an accepted socket in, an authenticated [`ServerTunnel`] out, which gives one [`Request`] after the
+//! other. Whether a request is served is not decided here.
+
+use std::io;
+use std::sync::Arc;
+
+use rustls::SupportedCipherSuite;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::identity::{Identity, SpiffeId};
+
+use super::buffer::HEADROOM;
+use super::codec::{MAX_RANGES, Pulled};
+use super::frame::{MAX_REJECT, Open, Rejection};
+use super::record::{HEADER, TRAILER};
+use super::stream::{Session, Stream};
+use super::{Config, Error, handshake, socket};
+
+/// Accepts tunnels. Cheap to clone.
+#[derive(Clone)]
+pub struct Acceptor {
+    config: Arc<Config>,
+}
+
+impl Acceptor {
+    pub fn new(config: Arc<Config>) -> Self {
+        Self { config }
+    }
+
+    /// Shakes hands as `identity`; the peer has then proven who it is.
+    pub async fn accept(&self, tcp: TcpStream, identity: &Arc<Identity>) -> Result<ServerTunnel, Error> {
+        let config = &*self.config;
+        let configs = config.tls.of(identity)?;
+        socket::prepare_tunnel(&tcp, config.user_timeout)?;
+        let shaking = Box::pin(handshake::server(&tcp, identity, &configs, config.rekey_after));
+        let established = timeout(config.handshake_timeout, shaking)
+            .await
+            .map_err(|_| Error::HandshakeTimedOut { waited: config.handshake_timeout })??;
+        let session = Box::new(Session {
+            tcp,
+            codec: established.codec,
+            peer: established.peer,
+            resumed: established.resumed,
+        });
+        Ok(ServerTunnel { stream: Stream::serve(session), config: self.config.clone() })
+    }
+}
+
+/// A tunnel from a proven peer.
+pub struct ServerTunnel {
+    stream: Stream,
+    config: Arc<Config>,
+}
+
+impl ServerTunnel {
+    pub fn peer(&self) -> &SpiffeId {
+        self.stream.peer()
+    }
+
+    pub fn cipher(&self) -> SupportedCipherSuite {
+        self.stream.cipher()
+    }
+
+    /// Whether the handshake resumed an earlier session.
+    pub fn resumed(&self) -> bool {
+        self.stream.resumed()
+    }
+
+    /// The next stream, or `None` when the tunnel has ended while idle. Nothing is lost if the future is dropped.
+    ///
+    /// What a rejected client had under way is read and thrown away here.
+    pub async fn next(&mut self) -> Result<Option<Request<'_>>, Error> {
+        match self.next_open().await {
+            Ok(Some(open)) => Ok(Some(Request { open, stream: &mut self.stream })),
+            Ok(None) => Ok(None),
+            Err(error) => {
+                self.stream.reset();
+                Err(error)
+            }
+        }
+    }
+
+    async fn next_open(&mut self) -> Result<Option<Open>, Error> {
+        let idle = self.config.idle_server;
+        let (tcp, codec) = self.stream.split();
+        loop {
+            if !codec.order.settle() && !codec.order.outbound_ended() {
+                return Err(Error::Busy);
+            }
+            match codec.pull()? {
+                Pulled::Open(open) => return Ok(Some(open)),
+                Pulled::Closed => return Ok(None),
+                Pulled::Fin => continue,
+                Pulled::Data | Pulled::Reject(_) => {}
+            }
+            if codec.incoming.discard() == MAX_RANGES {
+                continue;
+            }
+            let received = match timeout(idle, codec.incoming.fill(tcp)).await {
+                Ok(received) => received,
+                Err(_) => {
+                    let (record, n) = codec.seal_close_notify()?;
+                    let _ = socket::send(tcp, &record[..n]);
+                    return Ok(None);
+                }
+            };
+            match received {
+                Ok(0) => return Ok(None),
+                Ok(_) => {}
+                // A client that died took no stream with it.
+                Err(error) if codec.order.idle() && error.kind() == io::ErrorKind::ConnectionReset => {
+                    return Ok(None);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Ends an idle tunnel politely; a busy one is reset.
+    pub fn close(mut self) {
+        let (tcp, codec) = self.stream.split();
+        if codec.order.settle()
+            && let Ok((record, n)) = codec.seal_close_notify()
+        {
+            let _ = socket::send(tcp, &record[..n]);
+        }
+    }
+}
+
+/// A stream that a peer asks for.
+pub struct Request<'a> {
+    open: Open,
+    stream: &'a mut Stream,
+}
+
+impl<'a> Request<'a> {
+    pub fn open(&self) -> &Open {
+        &self.open
+    }
+
+    pub fn peer(&self) -> &SpiffeId {
+        self.stream.peer()
+    }
+
+    pub fn cipher(&self) -> SupportedCipherSuite {
+        self.stream.cipher()
+    }
+
+    /// Takes the stream; nothing is sent, the answer begins with the application's first bytes.
+    pub fn accept(self) -> (Open, &'a mut Stream) {
+        (self.open, self.stream)
+    }
+
+    /// Refuses the stream. The tunnel stays usable: go on with [`ServerTunnel::next`].
+    pub async fn reject(self, rejection: &Rejection) -> Result<(), Error> {
+        let (tcp, codec) = self.stream.split();
+        let mut record = [0; HEADROOM + HEADER + MAX_REJECT + TRAILER];
+        let start = codec.seal_head(&mut record[..HEADROOM])?;
+        let n = codec.seal_reject(&mut record[HEADROOM..], rejection)?;
+        socket::send_all(tcp, &record[start..HEADROOM + n]).await?;
+        Ok(())
+    }
+}

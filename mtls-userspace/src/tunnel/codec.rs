@@ -1,0 +1,390 @@
+//! One end of a tunnel without its socket: frames in, sealed records out, and the reverse.
+//!
+//! Joins the record layer, the frames and the part of TLS that goes on after the handshake: KeyUpdate in both
+//! directions, session tickets, alerts. Everything rustls knows better stays with rustls' kernel connection. The
+//! caller says when to receive and what to send.
+
+use std::io;
+
+use rustls::client::ClientConnectionData;
+use rustls::kernel::KernelConnection;
+use rustls::server::ServerConnectionData;
+use rustls::{AlertDescription, ExtractedSecrets, SupportedCipherSuite};
+use tokio::net::TcpStream;
+
+use super::buffer::{Buffer, HEADROOM, SLOT_DATA, Size};
+use super::frame::{DATA, FIN, Frame, MAX_OPEN, MAX_REJECT, Open, Order, Rejection, Role};
+use super::record::{ContentType, HEADER, Opener, Sealer, TRAILER, whole_record};
+use super::{Error, Violation, socket};
+
+const CLOSE_NOTIFY: u8 = 0;
+const USER_CANCELED: u8 = 90;
+const NEW_SESSION_TICKET: u8 = 4;
+const KEY_UPDATE: u8 = 24;
+/// A handshake message that spans records; a ticket with a client's chain inside has a few KiB.
+const MAX_HANDSHAKE: usize = 64 * 1024;
+/// KeyUpdates a peer may send without a byte of data between them.
+const MAX_KEY_UPDATES: u32 = 32;
+/// Plaintext ranges gathered for one write.
+pub(crate) const MAX_RANGES: usize = 64;
+
+/// What rustls keeps doing after the handshake.
+pub(crate) enum Kernel {
+    Client(KernelConnection<ClientConnectionData>),
+    Server(KernelConnection<ServerConnectionData>),
+}
+
+impl Kernel {
+    pub fn suite(&self) -> SupportedCipherSuite {
+        match self {
+            Self::Client(kernel) => kernel.negotiated_cipher_suite(),
+            Self::Server(kernel) => kernel.negotiated_cipher_suite(),
+        }
+    }
+
+    fn next_sealer(&mut self) -> Result<Sealer, Error> {
+        let (sequence, secrets) = match self {
+            Self::Client(kernel) => kernel.update_tx_secret(),
+            Self::Server(kernel) => kernel.update_tx_secret(),
+        }
+        .map_err(Error::tls)?;
+        Ok(Sealer::new(sequence, &secrets)?)
+    }
+
+    fn next_opener(&mut self) -> Result<Opener, Error> {
+        let (sequence, secrets) = match self {
+            Self::Client(kernel) => kernel.update_rx_secret(),
+            Self::Server(kernel) => kernel.update_rx_secret(),
+        }
+        .map_err(Error::tls)?;
+        Ok(Opener::new(sequence, &secrets)?)
+    }
+
+    fn ticket(&mut self, payload: &[u8]) -> Result<(), Error> {
+        match self {
+            Self::Client(kernel) => kernel.handle_new_session_ticket(payload).map_err(Error::tls),
+            Self::Server(_) => Err(Violation::Handshake(NEW_SESSION_TICKET).into()),
+        }
+    }
+}
+
+/// Received bytes that have not been opened yet, on loan from the thread's buffers while there are any.
+#[derive(Default)]
+pub(crate) struct Incoming {
+    pub buffer: Option<Buffer>,
+    pub start: usize,
+    pub end: usize,
+}
+
+impl Incoming {
+    pub fn is_empty(&self) -> bool {
+        self.start == self.end
+    }
+
+    pub fn unread(&self) -> &[u8] {
+        self.buffer.as_ref().and_then(|buffer| buffer.get(self.start..self.end)).unwrap_or_default()
+    }
+
+    /// The first `length` unread bytes.
+    pub fn head(&mut self, length: usize) -> &mut [u8] {
+        let head = self.start..self.start + length;
+        self.buffer.as_mut().and_then(|buffer| buffer.get_mut(head)).unwrap_or_default()
+    }
+
+    pub fn consume(&mut self, length: usize) {
+        self.start = (self.start + length).min(self.end);
+        self.release_if_empty();
+    }
+
+    /// Whether no byte more can be received before something is taken out.
+    pub fn is_full(&self) -> bool {
+        self.start == 0 && self.buffer.as_ref().is_some_and(|buffer| buffer.len() == self.end)
+    }
+
+    /// Waits for more bytes and receives them; 0 is the peer's end. Holds no buffer while it waits with none used.
+    pub async fn fill(&mut self, tcp: &TcpStream) -> io::Result<usize> {
+        self.release_if_empty();
+        loop {
+            tcp.readable().await?;
+            match self.receive(tcp, Size::Small) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.release_if_empty(),
+                other => return other,
+            }
+        }
+    }
+
+    /// Receives what is there, into a buffer of the wanted size if one must be taken; moves what is unread to the
+    /// front first.
+    pub fn receive(&mut self, tcp: &TcpStream, size: Size) -> io::Result<usize> {
+        let n = socket::receive(tcp, self.room(size))?;
+        self.end += n;
+        Ok(n)
+    }
+
+    /// As [`Incoming::receive`], whether or not tokio has heard of anything to read.
+    pub fn receive_now(&mut self, tcp: &TcpStream) -> io::Result<usize> {
+        let n = socket::receive_now(tcp, self.room(Size::Small))?;
+        self.end += n;
+        Ok(n)
+    }
+
+    fn room(&mut self, size: Size) -> &mut [u8] {
+        let buffer = self.buffer.get_or_insert_with(|| Buffer::take(size));
+        if self.start > 0 {
+            buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, self.end - self.start);
+        }
+        if size == Size::Large && buffer.size() == Size::Small {
+            let mut larger = Buffer::take(size);
+            larger[..self.end].copy_from_slice(&buffer[..self.end]);
+            *buffer = larger;
+        }
+        &mut buffer[self.end..]
+    }
+
+    /// Whether plaintext was found that has not been delivered.
+    pub fn has_plaintext(&self) -> bool {
+        self.buffer.as_ref().is_some_and(|buffer| !buffer.ranges.is_empty())
+    }
+
+    /// Throws away the plaintext found; returns how many pieces it was.
+    pub fn discard(&mut self) -> usize {
+        let ranges = self.buffer.as_mut().map(|buffer| &mut buffer.ranges);
+        ranges.map_or(0, |ranges| ranges.drain(..).len())
+    }
+
+    /// Gives the buffer back if nothing is left in it.
+    pub fn release_if_empty(&mut self) {
+        if self.is_empty() {
+            (self.buffer, self.start, self.end) = (None, 0, 0);
+        }
+    }
+}
+
+/// What a batch of records ended with.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Pulled {
+    /// More bytes must come from the peer first, or the ranges found must be delivered first.
+    Data,
+    Open(Open),
+    Fin,
+    Reject(Rejection),
+    /// The peer's close_notify.
+    Closed,
+}
+
+pub(crate) struct Codec {
+    sealer: Sealer,
+    opener: Opener,
+    kernel: Kernel,
+    pub order: Order,
+    pub incoming: Incoming,
+    /// The client's OPEN while it waits for the first bytes to travel with.
+    open: Option<Box<Open>>,
+    /// The peer asked for our KeyUpdate before our next data.
+    key_update_owed: bool,
+    key_updates: u32,
+    /// Records under one key before we change it.
+    rekey_after: u64,
+    handshake: Vec<u8>,
+}
+
+impl Codec {
+    pub fn new(
+        secrets: ExtractedSecrets,
+        kernel: Kernel,
+        incoming: Incoming,
+        rekey_after: u64,
+    ) -> Result<Self, Error> {
+        let role = if matches!(kernel, Kernel::Client(_)) { Role::Client } else { Role::Server };
+        Ok(Self {
+            sealer: Sealer::new(secrets.tx.0, &secrets.tx.1)?,
+            opener: Opener::new(secrets.rx.0, &secrets.rx.1)?,
+            kernel,
+            order: Order::new(role),
+            incoming,
+            open: None,
+            key_update_owed: false,
+            key_updates: 0,
+            rekey_after,
+            handshake: Vec::new(),
+        })
+    }
+
+    pub fn suite(&self) -> SupportedCipherSuite {
+        self.kernel.suite()
+    }
+
+    /// A client begins a stream; its OPEN leaves with the next [`Codec::seal_head`].
+    pub fn begin(&mut self, open: Open) {
+        self.order.opened();
+        self.open = Some(Box::new(open));
+    }
+
+    pub fn open_unsent(&self) -> bool {
+        self.open.is_some()
+    }
+
+    /// Seals what must go ahead of data (an OPEN, a KeyUpdate) so that it ends where `headroom` ends; returns where
+    /// it starts. Usually that is the end: nothing.
+    pub fn seal_head(&mut self, headroom: &mut [u8]) -> Result<usize, Error> {
+        let end = headroom.len();
+        let rekey = self.key_update_owed || self.sealer.sequence() >= self.rekey_after;
+        if self.open.is_none() && !rekey {
+            return Ok(end);
+        }
+        let mut scratch = [0; HEADROOM];
+        let mut at = 0;
+        if rekey {
+            let message = [KEY_UPDATE, 0, 0, 1, 0];
+            scratch[HEADER..HEADER + message.len()].copy_from_slice(&message);
+            at += self.sealer.seal(&mut scratch, message.len(), ContentType::Handshake)?;
+            self.sealer = self.kernel.next_sealer()?;
+            self.key_update_owed = false;
+        }
+        if let Some(open) = self.open.take() {
+            let mut frame = [0; MAX_OPEN];
+            let n = open.encode(&mut frame);
+            let record = &mut scratch[at..];
+            record[HEADER..HEADER + n].copy_from_slice(&frame[..n]);
+            at += self.sealer.seal(record, n, ContentType::ApplicationData)?;
+        }
+        let start = end.checked_sub(at).ok_or(Violation::Headroom)?;
+        headroom[start..].copy_from_slice(&scratch[..at]);
+        Ok(start)
+    }
+
+    /// Seals the `length` application bytes that stand at `slot[SLOT_DATA..]`; returns the record's length.
+    pub fn seal_data(&mut self, slot: &mut [u8], length: usize) -> Result<usize, Error> {
+        if let Some(kind) = slot.get_mut(SLOT_DATA - 1) {
+            *kind = DATA;
+        }
+        self.order.sent_data();
+        Ok(self.sealer.seal(slot, length + 1, ContentType::ApplicationData)?)
+    }
+
+    /// Seals our FIN at the head of `slot`; returns the record's length.
+    pub fn seal_fin(&mut self, slot: &mut [u8]) -> Result<usize, Error> {
+        if let Some(kind) = slot.get_mut(HEADER) {
+            *kind = FIN;
+        }
+        self.order.sent_end();
+        Ok(self.sealer.seal(slot, 1, ContentType::ApplicationData)?)
+    }
+
+    /// Seals a REJECT in place of an answer.
+    pub fn seal_reject(&mut self, slot: &mut [u8], rejection: &Rejection) -> Result<usize, Error> {
+        let mut frame = [0; MAX_REJECT];
+        let n = rejection.encode(&mut frame);
+        if let Some(room) = slot.get_mut(HEADER..HEADER + n) {
+            room.copy_from_slice(&frame[..n]);
+        }
+        self.order.sent_end();
+        Ok(self.sealer.seal(slot, n, ContentType::ApplicationData)?)
+    }
+
+    pub fn seal_alert(&mut self, description: u8) -> Result<([u8; HEADER + 2 + TRAILER], usize), Error> {
+        const FATAL: u8 = 2;
+        const WARNING: u8 = 1;
+        let mut record = [0; HEADER + 2 + TRAILER];
+        record[HEADER] = if description == CLOSE_NOTIFY { WARNING } else { FATAL };
+        record[HEADER + 1] = description;
+        let n = self.sealer.seal(&mut record, 2, ContentType::Alert)?;
+        Ok((record, n))
+    }
+
+    pub fn seal_close_notify(&mut self) -> Result<([u8; HEADER + 2 + TRAILER], usize), Error> {
+        self.seal_alert(CLOSE_NOTIFY)
+    }
+
+    /// Opens the whole records received, in place, and notes where DATA stands in the buffer's ranges. Stops at the
+    /// first frame that is not DATA, or when a write's worth is gathered.
+    pub fn pull(&mut self) -> Result<Pulled, Error> {
+        let Self { incoming: Incoming { buffer: Some(buffer), start, end }, .. } = self else {
+            return Ok(Pulled::Data);
+        };
+        let (bytes, ranges) = buffer.parts();
+        while ranges.len() < MAX_RANGES {
+            let unread = bytes.get_mut(*start..*end).unwrap_or_default();
+            let Some(length) = whole_record(unread)? else { break };
+            let (record, _) = unread.split_at_mut(length);
+            let (content, range) = self.opener.open(record)?;
+            let at = *start;
+            *start += length;
+            let plain = record.get(range.clone()).unwrap_or_default();
+            match content {
+                ContentType::ApplicationData if !self.handshake.is_empty() => {
+                    return Err(Violation::Interleaved.into());
+                }
+                ContentType::ApplicationData => {
+                    let frame = Frame::decode(plain).map_err(Violation::Frame)?;
+                    self.order.received(&frame).map_err(Violation::Frame)?;
+                    self.key_updates = 0;
+                    match frame {
+                        Frame::Data(data) => {
+                            ranges.push(((at + range.start + 1) as u32, data.len() as u32));
+                        }
+                        Frame::Open(open) => return Ok(Pulled::Open(open)),
+                        Frame::Fin => return Ok(Pulled::Fin),
+                        Frame::Reject(rejection) => return Ok(Pulled::Reject(rejection)),
+                    }
+                }
+                ContentType::Alert => match *plain {
+                    [_, CLOSE_NOTIFY] => return Ok(Pulled::Closed),
+                    [_, USER_CANCELED] => {}
+                    [_, description] => {
+                        return Err(Error::Refused { alert: AlertDescription::from(description) });
+                    }
+                    _ => return Err(Violation::Alert.into()),
+                },
+                ContentType::Handshake => {
+                    let whole = if self.handshake.is_empty() {
+                        post_handshake(plain, &mut self.kernel, &mut self.handshake)?
+                    } else {
+                        let mut gathered = std::mem::take(&mut self.handshake);
+                        gathered.extend_from_slice(plain);
+                        post_handshake(&gathered, &mut self.kernel, &mut self.handshake)?
+                    };
+                    if let Some(requested) = whole {
+                        self.key_updates += 1;
+                        if self.key_updates > MAX_KEY_UPDATES {
+                            return Err(Violation::KeyUpdates.into());
+                        }
+                        self.opener = self.kernel.next_opener()?;
+                        self.key_update_owed |= requested;
+                    }
+                }
+            }
+        }
+        Ok(Pulled::Data)
+    }
+}
+
+/// Handles the post-handshake messages in `bytes`; keeps an unfinished one in `rest`. Returns whether a KeyUpdate
+/// came, and if so whether ours was requested.
+fn post_handshake(mut bytes: &[u8], kernel: &mut Kernel, rest: &mut Vec<u8>) -> Result<Option<bool>, Error> {
+    let mut key_update = None;
+    while let Some((&[kind, a, b, c], tail)) = bytes.split_first_chunk::<4>() {
+        // The key changes right after a KeyUpdate, so nothing may share its record (RFC 8446, 5.1).
+        if key_update.is_some() {
+            return Err(Violation::Handshake(kind).into());
+        }
+        let length = u32::from_be_bytes([0, a, b, c]) as usize;
+        if length > MAX_HANDSHAKE {
+            return Err(Violation::Handshake(kind).into());
+        }
+        let Some((message, tail)) = tail.split_at_checked(length) else { break };
+        match (kind, message) {
+            (NEW_SESSION_TICKET, payload) => kernel.ticket(payload)?,
+            (KEY_UPDATE, [0]) => key_update = Some(false),
+            (KEY_UPDATE, [1]) => key_update = Some(true),
+            _ => return Err(Violation::Handshake(kind).into()),
+        }
+        bytes = tail;
+    }
+    if key_update.is_some() && !bytes.is_empty() {
+        return Err(Violation::Handshake(KEY_UPDATE).into());
+    }
+    rest.extend_from_slice(bytes);
+    Ok(key_update)
+}

@@ -1,0 +1,451 @@
+//! The `mtls/1` frames: one frame is the content of one TLS record, its first byte the frame's type. Sans-IO.
+//!
+//! ```text
+//! OPEN    01  version(1)=1  destination  source  trace length(1)  trace      client, first of a stream
+//! DATA    02  bytes (1 to 16383)                                             both
+//! FIN     03                                                                 both, ends a direction
+//! REJECT  04  code(1)  detail length(1)  detail (UTF-8)                      server, instead of any DATA or FIN
+//! RAW     05  reserved: "raw records from here on" for a record layer in the kernel
+//! address     4 or 6 (1)  4 or 16 bytes  port(2, big-endian)
+//! ```
+//!
+//! There is no "accepted" frame: a server that takes the stream just begins its DATA or FIN. Nobody would wait for
+//! the acknowledgement (the application's `connect` succeeded long before), and it would cost one send and one
+//! wake-up per connection. Each direction ends exactly once; when both have ended the tunnel is idle and the next
+//! OPEN may come. There is no frame for a reset either: an aborted stream takes its TCP connection with it.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use crate::addr::{OriginalSrc, canonical};
+
+use super::record::MAX_CONTENT;
+
+/// Application bytes that fit one DATA frame.
+pub const MAX_DATA: usize = MAX_CONTENT - 1;
+/// Longest trace context carried; a W3C `traceparent` has 55 bytes.
+pub const MAX_TRACE: usize = 128;
+/// Longest detail of a rejection, in bytes.
+pub const MAX_DETAIL: usize = 255;
+/// Longest encoded OPEN.
+pub const MAX_OPEN: usize = 2 + 2 * 19 + 1 + MAX_TRACE;
+/// Longest encoded REJECT.
+pub const MAX_REJECT: usize = 3 + MAX_DETAIL;
+
+pub(crate) const OPEN: u8 = 1;
+pub(crate) const DATA: u8 = 2;
+pub(crate) const FIN: u8 = 3;
+pub(crate) const REJECT: u8 = 4;
+const VERSION: u8 = 1;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FrameError {
+    #[error("frame without a type")]
+    Empty,
+    #[error("frame of unknown type {0}")]
+    UnknownType(u8),
+    #[error("OPEN of version {0}, this agent speaks version 1")]
+    UnknownVersion(u8),
+    #[error("{0} frame cut short or with bytes left over")]
+    Malformed(&'static str),
+    #[error("{0} frame where the protocol does not allow one")]
+    OutOfOrder(&'static str),
+}
+
+/// Asks the server to deliver a stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Open {
+    /// The pod's own address and port: a Service's address is already resolved.
+    pub destination: SocketAddr,
+    pub source: OriginalSrc,
+    /// W3C trace context, opaque here; at most [`MAX_TRACE`] bytes are sent.
+    pub trace: Vec<u8>,
+}
+
+impl Open {
+    pub fn new(destination: SocketAddr, source: OriginalSrc) -> Self {
+        Self { destination: canonical(destination), source, trace: Vec::new() }
+    }
+
+    /// Writes the frame into `out`, which must have room for [`MAX_OPEN`]; returns its length.
+    pub fn encode(&self, out: &mut [u8; MAX_OPEN]) -> usize {
+        let mut cursor = Writer { out, at: 0 };
+        cursor.put(&[OPEN, VERSION]);
+        cursor.address(self.destination);
+        cursor.address(self.source.addr());
+        let trace = self.trace.get(..MAX_TRACE).unwrap_or(&self.trace);
+        cursor.put(&[trace.len() as u8]);
+        cursor.put(trace);
+        cursor.at
+    }
+
+    fn decode(body: &[u8]) -> Result<Self, FrameError> {
+        let (&version, rest) = body.split_first().ok_or(FrameError::Malformed("OPEN"))?;
+        if version != VERSION {
+            return Err(FrameError::UnknownVersion(version));
+        }
+        let parse = || {
+            let (destination, rest) = address(rest)?;
+            let (source, rest) = address(rest)?;
+            let (&length, trace) = rest.split_first()?;
+            (usize::from(length) == trace.len() && trace.len() <= MAX_TRACE).then(|| Self {
+                destination,
+                source: OriginalSrc::new(source),
+                trace: trace.to_vec(),
+            })
+        };
+        parse().ok_or(FrameError::Malformed("OPEN"))
+    }
+}
+
+/// Why a server refused a stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum RejectReason {
+    /// Authorization said no; the detail names the policy.
+    Denied,
+    /// The application's port is closed.
+    ConnectionRefused,
+    /// The pod is not here, or its application could not be reached.
+    Unreachable,
+    /// The application did not answer in time.
+    TimedOut,
+    /// The agent is draining or out of resources; another attempt may succeed.
+    Unavailable,
+    /// A code this agent does not know.
+    Other(u8),
+}
+
+impl RejectReason {
+    fn code(self) -> u8 {
+        match self {
+            Self::Denied => 1,
+            Self::ConnectionRefused => 2,
+            Self::Unreachable => 3,
+            Self::TimedOut => 4,
+            Self::Unavailable => 5,
+            Self::Other(code) => code,
+        }
+    }
+
+    fn from_code(code: u8) -> Self {
+        match code {
+            1 => Self::Denied,
+            2 => Self::ConnectionRefused,
+            3 => Self::Unreachable,
+            4 => Self::TimedOut,
+            5 => Self::Unavailable,
+            other => Self::Other(other),
+        }
+    }
+}
+
+/// A refusal as it travels to the client.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rejection {
+    pub reason: RejectReason,
+    /// For people: a policy's name, an address. Cut at [`MAX_DETAIL`] bytes.
+    pub detail: Box<str>,
+}
+
+impl Rejection {
+    pub fn new(reason: RejectReason, detail: &str) -> Self {
+        let mut end = detail.len().min(MAX_DETAIL);
+        while !detail.is_char_boundary(end) {
+            end -= 1;
+        }
+        Self { reason, detail: detail[..end].into() }
+    }
+
+    pub fn encode(&self, out: &mut [u8; MAX_REJECT]) -> usize {
+        let detail = self.detail.as_bytes();
+        let detail = detail.get(..MAX_DETAIL).unwrap_or(detail);
+        let mut cursor = Writer { out, at: 0 };
+        cursor.put(&[REJECT, self.reason.code(), detail.len() as u8]);
+        cursor.put(detail);
+        cursor.at
+    }
+
+    fn decode(body: &[u8]) -> Result<Self, FrameError> {
+        let parse = || {
+            let (&code, rest) = body.split_first()?;
+            let (&length, detail) = rest.split_first()?;
+            let detail = std::str::from_utf8(detail).ok()?;
+            (usize::from(length) == detail.len())
+                .then(|| Self { reason: RejectReason::from_code(code), detail: detail.into() })
+        };
+        parse().ok_or(FrameError::Malformed("REJECT"))
+    }
+}
+
+/// One decoded frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Frame<'a> {
+    Open(Open),
+    Data(&'a [u8]),
+    Fin,
+    Reject(Rejection),
+}
+
+impl<'a> Frame<'a> {
+    /// Decodes a record's content.
+    pub fn decode(content: &'a [u8]) -> Result<Self, FrameError> {
+        let (&kind, body) = content.split_first().ok_or(FrameError::Empty)?;
+        match kind {
+            DATA if body.is_empty() => Err(FrameError::Malformed("DATA")),
+            DATA => Ok(Self::Data(body)),
+            FIN if body.is_empty() => Ok(Self::Fin),
+            FIN => Err(FrameError::Malformed("FIN")),
+            OPEN => Open::decode(body).map(Self::Open),
+            REJECT => Rejection::decode(body).map(Self::Reject),
+            other => Err(FrameError::UnknownType(other)),
+        }
+    }
+
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Open(_) => "OPEN",
+            Self::Data(_) => "DATA",
+            Self::Fin => "FIN",
+            Self::Reject(_) => "REJECT",
+        }
+    }
+}
+
+/// Which end of the tunnel this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    Client,
+    Server,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    /// No stream is open.
+    Idle,
+    /// Open, nothing sent yet: the only time for a REJECT.
+    Begun,
+    Flowing,
+    Ended,
+}
+
+/// What may come next in each direction of a tunnel, as one end sees it.
+#[derive(Debug, Clone)]
+pub struct Order {
+    role: Role,
+    inbound: Direction,
+    outbound: Direction,
+}
+
+impl Order {
+    pub fn new(role: Role) -> Self {
+        Self { role, inbound: Direction::Idle, outbound: Direction::Idle }
+    }
+
+    /// Whether this end is the one that opens streams.
+    pub fn is_client(&self) -> bool {
+        self.role == Role::Client
+    }
+
+    /// Judges a frame from the peer.
+    pub fn received(&mut self, frame: &Frame<'_>) -> Result<(), FrameError> {
+        use Direction::*;
+        let sender = match self.role {
+            Role::Client => Role::Server,
+            Role::Server => Role::Client,
+        };
+        self.inbound = match (sender, frame, self.inbound) {
+            (Role::Client, Frame::Open(_), Idle) => {
+                self.outbound = Begun;
+                Begun
+            }
+            (_, Frame::Data(_), Begun | Flowing) => Flowing,
+            (_, Frame::Fin, Begun | Flowing) => Ended,
+            (Role::Server, Frame::Reject(_), Begun) => Ended,
+            _ => return Err(FrameError::OutOfOrder(frame.name())),
+        };
+        Ok(())
+    }
+
+    /// A client begins a stream.
+    pub fn opened(&mut self) {
+        (self.inbound, self.outbound) = (Direction::Begun, Direction::Begun);
+    }
+
+    pub fn sent_data(&mut self) {
+        self.outbound = Direction::Flowing;
+    }
+
+    /// Our direction has ended, by FIN or REJECT.
+    pub fn sent_end(&mut self) {
+        self.outbound = Direction::Ended;
+    }
+
+    /// Whether nothing of ours has been sent on this stream yet.
+    pub fn may_reject(&self) -> bool {
+        self.role == Role::Server && self.outbound == Direction::Begun
+    }
+
+    pub fn outbound_ended(&self) -> bool {
+        self.outbound == Direction::Ended
+    }
+
+    pub fn inbound_ended(&self) -> bool {
+        self.inbound == Direction::Ended
+    }
+
+    pub fn idle(&self) -> bool {
+        self.inbound == Direction::Idle && self.outbound == Direction::Idle
+    }
+
+    /// Makes the tunnel idle again if both directions have ended; says whether it is idle.
+    pub fn settle(&mut self) -> bool {
+        if self.inbound == Direction::Ended && self.outbound == Direction::Ended {
+            (self.inbound, self.outbound) = (Direction::Idle, Direction::Idle);
+        }
+        self.idle()
+    }
+}
+
+struct Writer<'a> {
+    out: &'a mut [u8],
+    at: usize,
+}
+
+impl Writer<'_> {
+    fn put(&mut self, bytes: &[u8]) {
+        self.out[self.at..self.at + bytes.len()].copy_from_slice(bytes);
+        self.at += bytes.len();
+    }
+
+    fn address(&mut self, address: SocketAddr) {
+        match address.ip() {
+            IpAddr::V4(ip) => {
+                self.put(&[4]);
+                self.put(&ip.octets());
+            }
+            IpAddr::V6(ip) => {
+                self.put(&[6]);
+                self.put(&ip.octets());
+            }
+        }
+        self.put(&address.port().to_be_bytes());
+    }
+}
+
+fn address(bytes: &[u8]) -> Option<(SocketAddr, &[u8])> {
+    let (family, rest) = bytes.split_first()?;
+    let (ip, rest) = match family {
+        4 => {
+            let (octets, rest) = rest.split_first_chunk::<4>()?;
+            (IpAddr::V4(Ipv4Addr::from(*octets)), rest)
+        }
+        6 => {
+            let (octets, rest) = rest.split_first_chunk::<16>()?;
+            (IpAddr::V6(Ipv6Addr::from(*octets)), rest)
+        }
+        _ => return None,
+    };
+    let (port, rest) = rest.split_first_chunk::<2>()?;
+    Some((canonical(SocketAddr::new(ip, u16::from_be_bytes(*port))), rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn any_open() -> impl Strategy<Value = Open> {
+        (any::<SocketAddr>(), any::<SocketAddr>(), prop::collection::vec(any::<u8>(), 0..=MAX_TRACE))
+            .prop_map(|(destination, source, trace)| Open {
+                // Flow label and scope don't travel.
+                destination: canonical(destination),
+                source: OriginalSrc::new(source),
+                trace,
+            })
+    }
+
+    proptest! {
+        #[test]
+        fn an_open_survives_the_wire(open in any_open()) {
+            let mut out = [0; MAX_OPEN];
+            let n = open.encode(&mut out);
+            prop_assert_eq!(Frame::decode(&out[..n]), Ok(Frame::Open(open)));
+            for cut in 2..n {
+                prop_assert_eq!(Frame::decode(&out[..cut]), Err(FrameError::Malformed("OPEN")));
+            }
+        }
+
+        #[test]
+        fn a_rejection_survives_the_wire(code: u8, detail in ".{0,400}") {
+            let rejection = Rejection::new(RejectReason::from_code(code), &detail);
+            prop_assert!(detail.starts_with(&*rejection.detail));
+            let mut out = [0; MAX_REJECT];
+            let n = rejection.encode(&mut out);
+            prop_assert_eq!(Frame::decode(&out[..n]), Ok(Frame::Reject(rejection)));
+            prop_assert!(Frame::decode(&out[..n - 1]).is_err());
+        }
+
+        #[test]
+        fn whatever_decodes_encodes_to_the_same_bytes(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
+            match Frame::decode(&bytes) {
+                Ok(Frame::Reject(rejection)) => {
+                    let mut out = [0; MAX_REJECT];
+                    let n = rejection.encode(&mut out);
+                    prop_assert_eq!(&out[..n], &bytes[..]);
+                }
+                Ok(Frame::Data(data)) => prop_assert_eq!(data, &bytes[1..]),
+                _ => {}
+            }
+        }
+
+        /// Whatever a peer sends, a direction ends once and nothing follows its end.
+        #[test]
+        fn a_direction_ends_exactly_once(kinds in prop::collection::vec(0..4u8, 0..30), server: bool) {
+            let mut order = Order::new(if server { Role::Server } else { Role::Client });
+            if !server {
+                order.opened();
+            }
+            let mut ended = false;
+            for kind in kinds {
+                let frame = match kind {
+                    0 => Frame::Open(Open::new(([10, 0, 0, 1], 80).into(), OriginalSrc::new(([10, 0, 0, 2], 9).into()))),
+                    1 => Frame::Data(b"x"),
+                    2 => Frame::Fin,
+                    _ => Frame::Reject(Rejection::new(RejectReason::Denied, "")),
+                };
+                let accepted = order.received(&frame).is_ok();
+                prop_assert!(!(ended && accepted), "{} after the end", frame.name());
+                if accepted && matches!(frame, Frame::Fin | Frame::Reject(_)) {
+                    ended = true;
+                }
+                prop_assert_eq!(order.inbound_ended(), ended);
+            }
+        }
+    }
+
+    #[test]
+    fn frames_that_mean_nothing_are_refused() {
+        assert_eq!(Frame::decode(&[]), Err(FrameError::Empty));
+        assert_eq!(Frame::decode(&[0]), Err(FrameError::UnknownType(0)));
+        assert_eq!(Frame::decode(&[5, 1]), Err(FrameError::UnknownType(5)));
+        assert_eq!(Frame::decode(&[DATA]), Err(FrameError::Malformed("DATA")));
+        assert_eq!(Frame::decode(&[FIN, 0]), Err(FrameError::Malformed("FIN")));
+        assert_eq!(Frame::decode(&[OPEN, 2]), Err(FrameError::UnknownVersion(2)));
+        assert_eq!(Frame::decode(&[REJECT, 1, 1, 0xff]), Err(FrameError::Malformed("REJECT")));
+    }
+
+    #[test]
+    fn a_rejection_may_only_stand_in_place_of_an_answer() {
+        let rejection = Frame::Reject(Rejection::new(RejectReason::Denied, "p"));
+        let mut order = Order::new(Role::Client);
+        assert!(order.received(&rejection).is_err());
+        order.opened();
+        order.received(&Frame::Data(b"x")).unwrap();
+        assert!(order.received(&rejection).is_err());
+        let mut order = Order::new(Role::Client);
+        order.opened();
+        order.received(&rejection).unwrap();
+        assert!(!order.settle());
+        order.sent_end();
+        assert!(order.settle());
+    }
+}

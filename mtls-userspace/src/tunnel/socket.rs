@@ -1,0 +1,144 @@
+//! Socket calls that tokio has no name for: receive and send that know a short count means "drained" or "full", and
+//! options of sockets on either side of a tunnel. Nothing here waits.
+
+use std::io::{self, IoSlice, IoSliceMut, Read};
+use std::time::Duration;
+
+use socket2::{SockRef, TcpKeepalive};
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+
+/// Receives if the socket is thought readable. After a short read it is thought drained, and the next call says
+/// `WouldBlock` without asking the kernel: an edge-triggered event will follow if more arrives.
+pub(crate) fn receive(socket: &TcpStream, into: &mut [u8]) -> io::Result<usize> {
+    let room = into.len();
+    read(socket, room, |mut socket| socket.read(into))
+}
+
+/// Receives, asking the kernel even if tokio thinks there is nothing.
+pub(crate) fn receive_now(socket: &TcpStream, into: &mut [u8]) -> io::Result<usize> {
+    retry(SockRef::from(socket), |mut socket| socket.read(into))
+}
+
+/// As [`receive`], into several places.
+pub(crate) fn receive_vectored(socket: &TcpStream, into: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+    let room = into.iter().map(|slice| slice.len()).sum();
+    read(socket, room, |mut socket| socket.read_vectored(into))
+}
+
+fn read(
+    socket: &TcpStream,
+    room: usize,
+    call: impl FnMut(&socket2::Socket) -> io::Result<usize>,
+) -> io::Result<usize> {
+    let mut short = None;
+    let result = socket.try_io(Interest::READABLE, || {
+        let n = retry(SockRef::from(socket), call)?;
+        if 0 < n && n < room {
+            short = Some(n);
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        Ok(n)
+    });
+    match short {
+        Some(n) => Ok(n),
+        None => result,
+    }
+}
+
+/// Sends if the socket is thought writable; a short count means its buffer is full.
+pub(crate) fn send(socket: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+    write(socket, bytes.len(), |socket| socket.send_with_flags(bytes, libc::MSG_NOSIGNAL))
+}
+
+/// As [`send`], from several places.
+pub(crate) fn send_vectored(socket: &TcpStream, bytes: &[IoSlice<'_>]) -> io::Result<usize> {
+    let length = bytes.iter().map(|slice| slice.len()).sum();
+    write(socket, length, |socket| socket.send_vectored_with_flags(bytes, libc::MSG_NOSIGNAL))
+}
+
+fn write(
+    socket: &TcpStream,
+    length: usize,
+    call: impl FnMut(&socket2::Socket) -> io::Result<usize>,
+) -> io::Result<usize> {
+    let mut short = None;
+    let result = socket.try_io(Interest::WRITABLE, || {
+        let n = retry(SockRef::from(socket), call)?;
+        if n < length {
+            short = Some(n);
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        Ok(n)
+    });
+    match short {
+        Some(n) => Ok(n),
+        None => result,
+    }
+}
+
+fn retry(
+    socket: SockRef<'_>,
+    mut call: impl FnMut(&socket2::Socket) -> io::Result<usize>,
+) -> io::Result<usize> {
+    loop {
+        match call(&socket) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
+
+/// Sends all of it, waiting as needed.
+pub(crate) async fn send_all(socket: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match send(socket, bytes) {
+            Ok(n) => bytes = &bytes[n..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.writable().await?,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// As [`send_all`], telling the kernel that more follows at once, so that both leave in one segment.
+pub(crate) async fn send_all_more(socket: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
+    const FLAGS: i32 = libc::MSG_NOSIGNAL | libc::MSG_MORE;
+    while !bytes.is_empty() {
+        match write(socket, bytes.len(), |socket| socket.send_with_flags(bytes, FLAGS)) {
+            Ok(n) => bytes = &bytes[n..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => socket.writable().await?,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Makes the coming close an RST: unsent bytes are dropped and the peer sees a reset at once.
+pub(crate) fn reset_on_close(socket: &TcpStream) {
+    // Fails only on a socket that has no peer any more.
+    let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
+}
+
+/// Takes [`reset_on_close`] back: what is still unsent is delivered after the close.
+pub(crate) fn finish_on_close(socket: &TcpStream) {
+    let _ = SockRef::from(socket).set_linger(None);
+}
+
+/// Options of a socket that carries a tunnel.
+pub(crate) fn prepare_tunnel(socket: &TcpStream, user_timeout: Duration) -> io::Result<()> {
+    let socket = SockRef::from(socket);
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_user_timeout(Some(user_timeout))?;
+    socket.set_tcp_keepalive(
+        &TcpKeepalive::new()
+            .with_time(Duration::from_secs(30))
+            .with_interval(Duration::from_secs(10))
+            .with_retries(3),
+    )
+}
+
+/// Whether the kernel has reported an error on the socket that nobody has met in a call yet.
+pub(crate) fn failed(socket: &TcpStream) -> bool {
+    socket.try_io(Interest::ERROR, || Ok(())).is_ok()
+}

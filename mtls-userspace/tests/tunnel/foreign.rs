@@ -1,0 +1,130 @@
+//! Peers that are not ours: rustls' own record layer with hand-made frames, for what an honest agent never sends.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use mtls::identity::Identity;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
+use rustls::version::TLS13;
+use rustls::{ClientConfig, DigitallySignedStruct, ServerConfig, SignatureScheme};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsConnector, client, server};
+
+pub const DATA: u8 = 2;
+pub const FIN: u8 = 3;
+
+/// An OPEN frame for an IPv4 destination, written out by hand.
+pub fn open_frame(destination: SocketAddr) -> Vec<u8> {
+    let SocketAddr::V4(v4) = destination else { panic!("tests use IPv4") };
+    let mut frame = vec![1, 1];
+    for (ip, port) in [(v4.ip().octets(), v4.port()), ([10, 0, 0, 9], 4000)] {
+        frame.push(4);
+        frame.extend(ip);
+        frame.extend(port.to_be_bytes());
+    }
+    frame.push(0);
+    frame
+}
+
+pub fn data(bytes: &[u8]) -> Vec<u8> {
+    [&[DATA], bytes].concat()
+}
+
+/// Believes any certificate: the tests look at what the other end believes.
+#[derive(Debug)]
+struct Credulous(CryptoProvider);
+
+impl ServerCertVerifier for Credulous {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        unreachable!("TLS 1.3 only")
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &self.0.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+fn provider(chacha: bool) -> CryptoProvider {
+    let mut provider = aws_lc_rs::default_provider();
+    if chacha {
+        provider.cipher_suites = vec![aws_lc_rs::cipher_suite::TLS13_CHACHA20_POLY1305_SHA256];
+    }
+    provider
+}
+
+/// How a foreign client behaves.
+#[derive(Default, Clone, Copy)]
+pub struct Manners {
+    pub anonymous: bool,
+    pub no_alpn: bool,
+    pub chacha: bool,
+}
+
+pub async fn client(
+    address: SocketAddr,
+    identity: &Arc<Identity>,
+    manners: Manners,
+) -> std::io::Result<client::TlsStream<TcpStream>> {
+    let provider = provider(manners.chacha);
+    let builder = ClientConfig::builder_with_provider(Arc::new(provider.clone()))
+        .with_protocol_versions(&[&TLS13])
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Credulous(provider)));
+    let mut config = if manners.anonymous {
+        builder.with_no_client_auth()
+    } else {
+        let key = PrivateKeyDer::Pkcs8(identity.svid.key.clone_key());
+        builder.with_client_auth_cert(identity.svid.chain.clone(), key).unwrap()
+    };
+    if !manners.no_alpn {
+        config.alpn_protocols = vec![b"mtls/1".to_vec()];
+    }
+    let tcp = TcpStream::connect(address).await?;
+    tcp.set_nodelay(true)?;
+    let name = ServerName::IpAddress(address.ip().into());
+    TlsConnector::from(Arc::new(config)).connect(name, tcp).await
+}
+
+/// A foreign server's side of an accepted connection; asks for no client certificate.
+pub async fn server(
+    tcp: TcpStream,
+    identity: &Arc<Identity>,
+) -> std::io::Result<server::TlsStream<TcpStream>> {
+    let key = PrivateKeyDer::Pkcs8(identity.svid.key.clone_key());
+    let mut config = ServerConfig::builder_with_provider(Arc::new(provider(false)))
+        .with_protocol_versions(&[&TLS13])
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(identity.svid.chain.clone(), key)
+        .unwrap();
+    config.alpn_protocols = vec![b"mtls/1".to_vec()];
+    tokio_rustls::TlsAcceptor::from(Arc::new(config)).accept(tcp).await
+}

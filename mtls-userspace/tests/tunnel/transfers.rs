@@ -1,0 +1,198 @@
+//! Bytes arrive, all of them and no others, in both directions and in any rhythm.
+
+use mtls::relay::End;
+use rand::rngs::SmallRng;
+use rand::{Rng, RngCore, SeedableRng};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::world::{Agents, CLIENT, Ca, SERVER, soon};
+
+async fn agents() -> Agents {
+    let ca = Ca::new();
+    Agents::start(ca.identity(CLIENT), ca.identity(SERVER)).await
+}
+
+#[tokio::test]
+async fn a_question_and_its_answer() {
+    let mut agents = agents().await;
+    let (mut near, mut far) = soon(agents.connect()).await;
+    near.write_all(b"question").await.unwrap();
+    let mut question = [0; 8];
+    soon(far.read_exact(&mut question)).await.unwrap();
+    far.write_all(b"answer").await.unwrap();
+    drop(far);
+    let mut answer = Vec::new();
+    soon(near.read_to_end(&mut answer)).await.unwrap();
+    drop(near);
+    assert_eq!((&question[..], &answer[..]), (&b"question"[..], &b"answer"[..]));
+    let report = soon(agents.client_reports.recv()).await.unwrap();
+    assert!(matches!(report.end, End::Clean), "{:?}", report.end);
+    assert_eq!((report.sent, report.received), (8, 6));
+    let report = soon(agents.server_reports.recv()).await.unwrap();
+    assert!(matches!(report.end, End::Clean), "{:?}", report.end);
+    assert_eq!((report.sent, report.received), (6, 8));
+}
+
+#[tokio::test]
+async fn a_server_may_speak_first() {
+    let agents = agents().await;
+    let (mut near, mut far) = soon(agents.connect()).await;
+    far.write_all(b"220 ready").await.unwrap();
+    let mut greeting = [0; 9];
+    soon(near.read_exact(&mut greeting)).await.unwrap();
+    assert_eq!(&greeting, b"220 ready");
+}
+
+#[tokio::test]
+async fn either_side_may_end_its_direction_and_still_receive() {
+    let mut agents = agents().await;
+    for client_first in [true, false] {
+        let (near, far) = soon(agents.connect()).await;
+        let (mut first, mut second) = if client_first { (near, far) } else { (far, near) };
+        first.write_all(b"done").await.unwrap();
+        first.shutdown().await.unwrap();
+        let mut heard = Vec::new();
+        soon(second.read_to_end(&mut heard)).await.unwrap();
+        assert_eq!(heard, b"done");
+        // Long after the end of the other direction.
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        for _ in 0..3 {
+            second.write_all(b"still here").await.unwrap();
+            let mut still = [0; 10];
+            soon(first.read_exact(&mut still)).await.unwrap();
+        }
+        second.shutdown().await.unwrap();
+        let mut rest = Vec::new();
+        soon(first.read_to_end(&mut rest)).await.unwrap();
+        assert!(rest.is_empty());
+        let report = soon(agents.client_reports.recv()).await.unwrap();
+        assert!(matches!(report.end, End::Clean), "{:?}", report.end);
+    }
+    assert_eq!(agents.handshakes(), 1);
+}
+
+/// A gibibyte each way at once, in writes of random size.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gibibyte_of_random_writes_arrives_unchanged_both_ways() {
+    const TOTAL: usize = 1 << 30;
+    let agents = agents().await;
+    let (near, far) = soon(agents.connect()).await;
+    let (near_read, near_write) = near.into_split();
+    let (far_read, far_write) = far.into_split();
+    let tasks = [
+        tokio::spawn(write_random(near_write, 1, TOTAL)),
+        tokio::spawn(write_random(far_write, 2, TOTAL)),
+        tokio::spawn(read_random(far_read, 1, TOTAL)),
+        tokio::spawn(read_random(near_read, 2, TOTAL)),
+    ];
+    for task in tasks {
+        tokio::time::timeout(std::time::Duration::from_secs(240), task).await.unwrap().unwrap();
+    }
+}
+
+/// The bytes both ends know: a block of noise, read in a circle from a random start.
+fn noise(seed: u64) -> Vec<u8> {
+    let mut block = vec![0; 1 << 20];
+    SmallRng::seed_from_u64(seed).fill_bytes(&mut block);
+    block
+}
+
+async fn write_random(mut to: impl tokio::io::AsyncWrite + Unpin, seed: u64, total: usize) {
+    let block = noise(seed);
+    let mut sizes = SmallRng::seed_from_u64(seed ^ 99);
+    let mut sent = 0;
+    while sent < total {
+        let largest = if sizes.random_bool(0.1) { 1 << 20 } else { 40_000 };
+        let at = sent % block.len();
+        let n = sizes.random_range(1..=largest).min(block.len() - at).min(total - sent);
+        to.write_all(&block[at..at + n]).await.unwrap();
+        sent += n;
+    }
+    to.shutdown().await.unwrap();
+}
+
+async fn read_random(mut from: impl tokio::io::AsyncRead + Unpin, seed: u64, total: usize) {
+    let block = noise(seed);
+    let mut buffer = vec![0; 1 << 18];
+    let mut got = 0;
+    loop {
+        let n = from.read(&mut buffer).await.unwrap();
+        if n == 0 {
+            break;
+        }
+        let mut checked = 0;
+        while checked < n {
+            let at = (got + checked) % block.len();
+            let piece = (n - checked).min(block.len() - at);
+            assert!(buffer[checked..checked + piece] == block[at..at + piece], "bytes differ near {got}");
+            checked += piece;
+        }
+        got += n;
+    }
+    assert_eq!(got, total);
+}
+
+#[tokio::test]
+async fn a_slow_reader_slows_its_writer_and_loses_nothing() {
+    let agents = agents().await;
+    let (mut near, mut far) = soon(agents.connect()).await;
+    let block = noise(3);
+    let mut written = 0;
+    // Nobody reads: the writer must come to a halt.
+    while let Ok(n) = tokio::time::timeout(
+        std::time::Duration::from_millis(300),
+        near.write(&block[written % block.len()..]),
+    )
+    .await
+    {
+        written += n.unwrap();
+        assert!(written < 64 << 20, "the tunnel takes bytes without end");
+    }
+    near.shutdown().await.unwrap();
+    let mut got = 0;
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        let n = soon(far.read(&mut buffer)).await.unwrap();
+        if n == 0 {
+            break;
+        }
+        for (i, byte) in buffer[..n].iter().enumerate() {
+            assert_eq!(*byte, block[(got + i) % block.len()]);
+        }
+        got += n;
+    }
+    assert_eq!(got, written);
+}
+
+#[tokio::test]
+async fn many_connections_at_once() {
+    let agents = agents().await;
+    let listener = agents.application;
+    tokio::spawn(async move {
+        loop {
+            let (mut far, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                let (mut read, mut write) = far.split();
+                let _ = tokio::io::copy(&mut read, &mut write).await;
+            });
+        }
+    });
+    let outbound = agents.outbound;
+    let tasks: Vec<_> = (0..200u32)
+        .map(|i| {
+            tokio::spawn(async move {
+                let mut near = TcpStream::connect(outbound).await.unwrap();
+                let said = i.to_be_bytes().repeat(500);
+                near.write_all(&said).await.unwrap();
+                near.shutdown().await.unwrap();
+                let mut heard = Vec::new();
+                near.read_to_end(&mut heard).await.unwrap();
+                assert!(heard == said);
+            })
+        })
+        .collect();
+    for task in tasks {
+        soon(task).await.unwrap();
+    }
+}
