@@ -22,6 +22,8 @@ pub struct Capture {
     pub(super) pins: Pins,
     pub(super) workers: usize,
     pub(super) host_netns: u64,
+    /// Without symbolic links in it.
+    pub(super) cgroup_root: PathBuf,
     pub(super) flows: Arc<Flows>,
     state: Mutex<State>,
     events: Mutex<Option<Events>>,
@@ -59,6 +61,7 @@ impl Capture {
             pins,
             workers: config.workers.max(1),
             host_netns,
+            cgroup_root: cgroup.path,
             flows: Arc::new(flows),
             state: Mutex::new(State::adopt(control)?),
             events: Mutex::new(Some(events)),
