@@ -125,17 +125,36 @@ pub(crate) fn finish_on_close(socket: &TcpStream) {
     let _ = SockRef::from(socket).set_linger(None);
 }
 
-/// Options of a socket that carries a tunnel.
-pub(crate) fn prepare_tunnel(socket: &TcpStream, user_timeout: Duration) -> io::Result<()> {
+/// Bytes that may wait unsent in a socket's send buffer: beyond what the receiver's window takes, they would only let
+/// a writer run further ahead of a reader that sleeps.
+pub(crate) const UNSENT: u32 = 512 * 1024;
+
+/// Options of a socket that carries a tunnel. `receive` bounds what is received ahead of a reader that sleeps.
+pub(crate) fn prepare_tunnel(
+    socket: &TcpStream,
+    user_timeout: Duration,
+    receive: Option<usize>,
+) -> io::Result<()> {
     let socket = SockRef::from(socket);
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_user_timeout(Some(user_timeout))?;
+    socket.set_tcp_notsent_lowat(UNSENT)?;
+    if let Some(bytes) = receive {
+        bound_receive(&socket, bytes)?;
+    }
     socket.set_tcp_keepalive(
         &TcpKeepalive::new()
             .with_time(Duration::from_secs(30))
             .with_interval(Duration::from_secs(10))
             .with_retries(3),
     )
+}
+
+/// Fixes the receive buffer; a window clamp alone is undone by the kernel's tuning. Where the host allows less, less
+/// it is.
+pub(crate) fn bound_receive(socket: &socket2::Socket, bytes: usize) -> io::Result<()> {
+    // The kernel doubles what is asked for, to cover its own overhead.
+    socket.set_recv_buffer_size(bytes / 2)
 }
 
 /// Whether the kernel has reported an error on the socket that nobody has met in a call yet.
