@@ -68,9 +68,9 @@ fn observe(
 ) -> Result<Flow> {
     let same_node = client.node().name() == server.node().name();
     let earlier = mesh.agent("node-b").access_log().len();
-    let (wire, bridge) = (lab.watch_wire()?, lab.watch_node("node-b")?);
+    let (wire, port) = (lab.watch_wire()?, lab.watch_pod(server)?);
     let session = session()?;
-    let (wire, bridge) = (wire.finish()?, bridge.finish()?);
+    let (wire, port) = (wire.finish()?, port.finish()?);
     let lines = settled_log(mesh, earlier);
     let of_this = |line: &&serde_json::Value| {
         line["destination_workload"] == format!("{}/{}", server.namespace(), server.name())
@@ -85,7 +85,7 @@ fn observe(
         cipher: text("cipher"),
         bytes: count("bytes_sent") + count("bytes_received"),
         connections: lines.len(),
-        wire: on_the_wire(&wire, &bridge, client, server, same_node),
+        wire: on_the_wire(&wire, &port, client, server, same_node),
         expected_client: client.ip(),
         session,
     })
@@ -94,14 +94,14 @@ fn observe(
 /// What the captures say, in a newcomer's words, or what is wrong.
 fn on_the_wire(
     wire: &Seen,
-    bridge: &Seen,
+    port: &Seen,
     client: &Pod,
     server: &Pod,
     same_node: bool,
 ) -> Result<String, String> {
     if same_node {
-        let flows = wire.between(client, server).count() + bridge.between(client, server).count();
-        return match (flows, wire.markers() + bridge.markers()) {
+        let flows = wire.between(client, server).count() + port.between(client, server).count();
+        return match (flows, wire.markers() + port.markers()) {
             (0, 0) => Ok("nothing: it never left the two pods' loopbacks".into()),
             (flows, markers) => Err(format!("{flows} connections, and the marker {markers} times")),
         };

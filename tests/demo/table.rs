@@ -114,7 +114,7 @@ impl fmt::Display for Table {
             f,
             "\nclient → server: the identities both sides proved, short for spiffe://cluster.local/ns/<namespace>/sa/\
              <account>.\nserver saw: the client's address in the server's own records (access log, pg_stat_activity,\n\
-             CLIENT LIST, processlist). capture saw: every packet between the nodes, or on the node's bridge, judged\n\
+             CLIENT LIST, processlist). capture saw: every packet between the nodes and at the server pod's port, judged\n\
              while it passed; the marker is a string that every application sends."
         )
     }

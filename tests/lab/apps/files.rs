@@ -36,9 +36,8 @@ impl Files {
             answer["match"] == true && answer["sent"] == bytes && answer["ended"] == "eof",
             "sending went {answer}"
         );
-        let accepted = self.server.all_json_with("accepted");
-        let seen =
-            accepted.get(earlier).and_then(|line| line["accepted"].as_str()).context("no record of it")?;
+        let accepted = self.server.json_after("accepted", earlier)?;
+        let seen = accepted["accepted"].as_str().context("no address")?;
         let gigabits = bytes as f64 * 8e-9 / answer["seconds"].as_f64().unwrap_or(f64::INFINITY);
         Ok(Session {
             what: "one large transfer",
