@@ -114,6 +114,6 @@ mod tests {
         assert!(size_of_val(&future) <= 400, "{}", size_of_val(&future));
         let size = tunnelled::size_of_future();
         assert!(size <= 400, "{size}");
-        assert!(tunnel::SESSION_SIZE <= 840, "{}", tunnel::SESSION_SIZE);
+        assert!(tunnel::session_size() <= 840, "{}", tunnel::session_size());
     }
 }
