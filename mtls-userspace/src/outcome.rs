@@ -45,9 +45,8 @@ fn handshake_failure(failure: tunnel::HandshakeFailure) -> HandshakeFailure {
     match failure {
         tunnel::HandshakeFailure::UnknownCa => HandshakeFailure::UnknownCa,
         tunnel::HandshakeFailure::Expired => HandshakeFailure::Expired,
-        tunnel::HandshakeFailure::WrongIdentity | tunnel::HandshakeFailure::WrongTrustDomain => {
-            HandshakeFailure::WrongIdentity
-        }
+        tunnel::HandshakeFailure::WrongIdentity => HandshakeFailure::WrongIdentity,
+        tunnel::HandshakeFailure::WrongTrustDomain => HandshakeFailure::WrongTrustDomain,
         tunnel::HandshakeFailure::NoCertificate => HandshakeFailure::NoCertificate,
         tunnel::HandshakeFailure::Protocol => HandshakeFailure::Protocol,
     }

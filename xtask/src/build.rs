@@ -21,7 +21,8 @@ impl Build {
     pub fn run(self) -> anyhow::Result<PathBuf> {
         object()?;
         let mut command = Command::new(env::var_os("CARGO").unwrap_or("cargo".into()));
-        command.current_dir(workspace()).args(["build", "--package", "mtls-userspace", "--bin", "mtls"]);
+        // All of the workspace decides on the dependencies' features, so that the tests build none of them again.
+        command.current_dir(workspace()).args(["build", "--workspace", "--bin", "mtls"]);
         command.arg("--message-format=json-render-diagnostics");
         if self.release {
             command.arg("--release");
@@ -65,7 +66,7 @@ pub fn object() -> anyhow::Result<PathBuf> {
 
 fn executable(messages: &str) -> Option<PathBuf> {
     let messages = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    messages.filter_map(|message| message["executable"].as_str().map(PathBuf::from)).last()
+    messages.filter_map(|message| message["executable"].as_str().map(PathBuf::from)).next_back()
 }
 
 fn workspace() -> &'static Path {

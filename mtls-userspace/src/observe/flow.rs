@@ -212,8 +212,9 @@ pub enum HandshakeFailure {
     /// The peer's chain ends in no root of the bundle.
     UnknownCa,
     Expired,
-    /// A valid certificate of somebody else, or of a foreign trust domain.
+    /// A valid certificate of somebody else.
     WrongIdentity,
+    WrongTrustDomain,
     NoCertificate,
     Revoked,
     /// Not TLS 1.3, no common suite or protocol, garbage.
@@ -229,6 +230,7 @@ impl HandshakeFailure {
             Self::UnknownCa => "unknown_ca",
             Self::Expired => "expired",
             Self::WrongIdentity => "wrong_identity",
+            Self::WrongTrustDomain => "wrong_trust_domain",
             Self::NoCertificate => "no_certificate",
             Self::Revoked => "revoked",
             Self::Protocol => "protocol",
