@@ -266,7 +266,11 @@ impl Relay<'_> {
         }
         self.up.turn += total;
         // The application is the connection's source where the tunnel's client is.
-        if self.codec.order.is_client() { self.progress.add_sent(total) } else { self.progress.add_received(total) }
+        if self.codec.order.is_client() {
+            self.progress.add_sent(total)
+        } else {
+            self.progress.add_received(total)
+        }
         self.up.end = end;
         self.up.buffer = Some(buffer);
         Ok(true)
@@ -367,7 +371,11 @@ impl Relay<'_> {
             };
             match written {
                 Ok(n) => {
-                    if self.codec.order.is_client() { self.progress.add_received(n) } else { self.progress.add_sent(n) }
+                    if self.codec.order.is_client() {
+                        self.progress.add_received(n)
+                    } else {
+                        self.progress.add_sent(n)
+                    }
                     self.down.turn += n;
                     let mut offset = self.down.offset + n;
                     while let Some(&(_, length)) = ranges.get(self.down.delivered)
