@@ -18,10 +18,6 @@ fn show(program: &str) -> Result<()> {
     setup::run()?;
     step("building (the first time takes minutes)");
     let mtls = Build { release: true }.run()?;
-    call(cargo().args(["build", "--quiet", "--release", "--package", "mtls-tests", "--bin", "lab-app"]))?;
-    call(
-        cargo()
-            .args(["run", "--quiet", "--release", "--package", "mtls-tests", "--bin", program])
-            .env("MTLS_BIN", mtls),
-    )
+    call(cargo().args(["build", "--quiet", "--release", "--workspace", "--bin", "lab-app"]))?;
+    call(cargo().args(["run", "--quiet", "--release", "--bin", program]).env("MTLS_BIN", mtls))
 }
