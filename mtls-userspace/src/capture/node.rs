@@ -29,7 +29,6 @@ pub struct Capture {
     events: Mutex<Option<Events>>,
     /// As the kernel knows it, whatever pid namespace we are in.
     process: u32,
-    cgroup_root: PathBuf,
 }
 
 impl Capture {
@@ -66,7 +65,6 @@ impl Capture {
             state: Mutex::new(State::adopt(control)?),
             events: Mutex::new(Some(events)),
             process,
-            cgroup_root: cgroup.path,
         })
     }
 
@@ -133,7 +131,7 @@ impl Capture {
         Ok(unwanted.len())
     }
 
-    /// The cgroup2 directory that the hooks are attached to.
+    /// The cgroup2 directory that the hooks are attached to, without symbolic links in it.
     pub fn cgroup_root(&self) -> &Path {
         &self.cgroup_root
     }
