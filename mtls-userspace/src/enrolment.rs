@@ -147,12 +147,17 @@ impl Enrolment {
         let namespace = netns_id(netns)?;
         if let Some(kept) = self.pods.get_mut(key) {
             let before = kept.pod.workload.load();
-            if kept.namespace == namespace && before.addresses == workload.addresses && before.cgroup == workload.cgroup
+            if kept.namespace == namespace
+                && before.addresses == workload.addresses
+                && before.cgroup == workload.cgroup
             {
                 if kept.modes != modes {
                     self.capture.set_modes(&kept.pod.socket, &modes)?;
-                    let reset = kept.pod.socket.reset_plaintext(&|port| modes.of(port) == Mode::Strict)?;
-                    tracing::info!(pod = key, ?modes, reset, "modes changed; open plaintext connections reset");
+                    // Plaintext that was accepted unjudged comes back through the agent.
+                    let unjudged = modes.judged && !kept.modes.judged;
+                    let resets = |port| unjudged || modes.of(port) == Mode::Strict;
+                    let reset = kept.pod.socket.reset_plaintext(&resets)?;
+                    tracing::info!(pod = key, %modes, reset, "modes changed; open plaintext connections reset");
                     kept.modes = modes;
                 }
                 kept.pod.workload.store(workload.clone());
@@ -189,7 +194,7 @@ impl Enrolment {
         for (worker, listeners) in self.workers.iter().zip(listeners) {
             worker.tell(Command::Serve { pod: pod.clone(), listeners }).await;
         }
-        tracing::info!(pod = key, ?modes, "pod enrolled");
+        tracing::info!(pod = key, %modes, "pod enrolled");
         self.pods.insert(key.into(), Kept { pod, modes, namespace });
         Ok(())
     }
@@ -201,7 +206,9 @@ impl Enrolment {
         }
         match self.capture.release(&kept.pod.socket) {
             Ok(()) => tracing::info!(pod = key, "pod released"),
-            Err(error) => tracing::warn!(pod = key, %error, "pod released, but kernel state of it is left behind"),
+            Err(error) => {
+                tracing::warn!(pod = key, %error, "pod released, but kernel state of it is left behind")
+            }
         }
     }
 

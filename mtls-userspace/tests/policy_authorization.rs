@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use mtls::identity::SpiffeId;
 use mtls::mesh::{Mesh, Objects, Settings};
-use mtls::policy::{Authorized, Denied, Peer, Reason, Request, Verdict};
+use mtls::policy::{Authorized, Denied, Mode, Peer, Reason, Request, Verdict};
 
 fn mesh(policies: &str) -> Mesh {
     let settings =
@@ -682,13 +682,15 @@ fn plaintext_goes_through_the_agent_where_a_policy_must_judge_it() {
     let judged = |policies: &str, to: &str| {
         let mesh = mesh(policies);
         let to: SocketAddr = to.parse().unwrap();
-        mesh.policies.needs_plaintext_judgement(mesh.workload(to.ip()).unwrap(), to.port())
+        mesh.policies.modes(mesh.workload(to.ip()).unwrap()).judged
     };
     assert!(!judged("", WEB));
     assert!(judged(&allow("{}"), WEB));
     assert!(!judged(&allow("{}"), BANK));
     assert!(judged(&dry_run("shop", "t", "{}"), WEB));
-    assert!(!judged(&(strict("shop") + &allow("{}")), WEB), "the kernel refuses it");
+    let refused = mesh(&(strict("shop") + &allow("{}")));
+    let modes = refused.policies.modes(refused.workload(WEB.parse::<SocketAddr>().unwrap().ip()).unwrap());
+    assert_eq!(modes.default, Mode::Strict, "the kernel refuses it, judged or not");
 }
 
 #[test]

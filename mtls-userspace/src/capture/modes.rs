@@ -69,21 +69,23 @@ impl KernelModes {
 impl From<&PortModes> for KernelModes {
     fn from(modes: &PortModes) -> Self {
         Self {
-            default: kernel_mode(modes.default),
+            default: kernel_mode(modes.default, modes.judged),
             // Port zero is the kernel's key of the default, and no port of TCP.
             ports: modes
                 .ports
                 .iter()
                 .filter(|(port, _)| **port != 0)
-                .map(|(port, mode)| (*port, kernel_mode(*mode)))
+                .map(|(port, mode)| (*port, kernel_mode(*mode, modes.judged)))
                 .collect(),
         }
     }
 }
 
-fn kernel_mode(mode: Mode) -> u32 {
+/// `judged`: an authorization policy has a say, so that plaintext goes to the agent before the application sees it.
+fn kernel_mode(mode: Mode, judged: bool) -> u32 {
     match mode {
         Mode::Strict => mode::STRICT,
+        Mode::Permissive | Mode::Disable if judged => mode::PROXY,
         Mode::Permissive | Mode::Disable => mode::PERMISSIVE,
     }
 }
@@ -125,8 +127,23 @@ mod tests {
     }
 
     #[test]
+    fn judged_plaintext_goes_to_the_agent_and_strict_stays_strict() {
+        let modes = PortModes {
+            default: Mode::Permissive,
+            ports: BTreeMap::from([(80, Mode::Strict)]),
+            judged: true,
+        };
+        let modes = KernelModes::from(&modes);
+        assert_eq!((modes.of(80), modes.of(81)), (mode::STRICT, mode::PROXY));
+    }
+
+    #[test]
     fn a_strict_port_of_a_permissive_pod_stays_strict() {
-        let modes = PortModes { default: Mode::Permissive, ports: BTreeMap::from([(80, Mode::Strict)]) };
+        let modes = PortModes {
+            default: Mode::Permissive,
+            ports: BTreeMap::from([(80, Mode::Strict)]),
+            judged: false,
+        };
         let modes = KernelModes::from(&modes);
         assert_eq!((modes.of(80), modes.of(81)), (mode::STRICT, mode::PERMISSIVE));
     }

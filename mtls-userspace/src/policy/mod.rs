@@ -46,6 +46,8 @@ pub struct PortModes {
     /// For every port without an entry of its own.
     pub default: Mode,
     pub ports: BTreeMap<u16, Mode>,
+    /// An `AuthorizationPolicy` applies: plaintext that the mode accepts must be judged by the agent first.
+    pub judged: bool,
 }
 
 impl PortModes {
@@ -68,7 +70,8 @@ impl fmt::Display for Mode {
 impl fmt::Display for PortModes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.default)?;
-        self.ports.iter().try_for_each(|(port, mode)| write!(f, ", {port} {mode}"))
+        self.ports.iter().try_for_each(|(port, mode)| write!(f, ", {port} {mode}"))?;
+        if self.judged { f.write_str(", authorization policies apply") } else { Ok(()) }
     }
 }
 
@@ -199,7 +202,11 @@ impl Policies {
 
     /// The effective PeerAuthentication modes of a workload.
     pub fn modes(&self, workload: &Workload) -> PortModes {
-        self.enforced.effective(workload).modes()
+        self.with_judgement(self.enforced.effective(workload).modes(), workload)
+    }
+
+    fn with_judgement(&self, modes: PortModes, workload: &Workload) -> PortModes {
+        PortModes { judged: !self.authorization.applicable(workload).is_empty(), ..modes }
     }
 
     /// The effective mode of one port of a workload, without building the whole table.
@@ -209,14 +216,8 @@ impl Policies {
 
     /// The modes if the dry-run policies were enforced too; `None` if that would change nothing for this workload.
     pub fn dry_run_modes(&self, workload: &Workload) -> Option<PortModes> {
-        let modes = self.dry_run.as_ref()?.effective(workload).modes();
+        let modes = self.with_judgement(self.dry_run.as_ref()?.effective(workload).modes(), workload);
         (modes != self.modes(workload)).then_some(modes)
-    }
-
-    /// Whether plaintext to this port must go through the agent, because an `AuthorizationPolicy`, enforced or
-    /// dry-run, applies. Plaintext to a STRICT port needs no judgement: the kernel half refuses it.
-    pub fn needs_plaintext_judgement(&self, workload: &Workload, port: u16) -> bool {
-        self.mode(workload, port) != Mode::Strict && !self.authorization.applicable(workload).is_empty()
     }
 
     /// Decides about a connection. Calling it again on a newer snapshot tells whether an open connection may stay.

@@ -109,6 +109,7 @@ impl<'a> Effective<'a> {
         PortModes {
             default: self.mode,
             ports: ports.filter_map(|(port, mode)| Some((*port, (*mode)?))).collect(),
+            judged: false,
         }
     }
 }

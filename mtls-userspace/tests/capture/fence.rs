@@ -32,7 +32,8 @@ fn strict_refuses_plaintext_at_once_and_permissive_takes_it() {
     }
     assert_eq!(pair.counter("plaintext_accepted"), 2);
 
-    let one = PortModes { default: Mode::Disable, ports: BTreeMap::from([(8090, Mode::Strict)]) };
+    let one =
+        PortModes { default: Mode::Disable, ports: BTreeMap::from([(8090, Mode::Strict)]), judged: false };
     pair.capture.set_modes(&pair.local, &one).unwrap();
     assert!(stranger.dial("plain", at(pair.server.v4, 8080)).is_ok());
     assert_eq!(stranger.dial("plain", at(pair.server.v4, 8090)).error(), "ECONNREFUSED");
@@ -226,7 +227,8 @@ fn a_change_to_strict_ends_open_plaintext_and_nothing_else() {
         assert!(client.seen().is_ok());
     }
     assert_eq!(pair.agent.delivered(), 1);
-    let strict = PortModes { default: Mode::Permissive, ports: BTreeMap::from([(8080, Mode::Strict)]) };
+    let strict =
+        PortModes { default: Mode::Permissive, ports: BTreeMap::from([(8080, Mode::Strict)]), judged: false };
     pair.capture.set_modes(&pair.local, &strict).unwrap();
     assert_eq!(pair.local.reset_plaintext(&|port| strict.of(port) == Mode::Strict).unwrap(), 1);
     assert_eq!(plain.seen().end(), "ECONNRESET");
