@@ -102,15 +102,15 @@ fn hello(ip_be: u32, port: u16) -> i32 {
     let nonce = (u32::from_be(ip_be) as u64) << 16 | port as u64;
     // SAFETY: plain helpers; map entries are replaced, never written in place.
     unsafe {
-        match HELLO.get(&nonce) {
+        match HELLO.get(nonce) {
             Some(0) => {}
             _ => return PASS,
         }
         let process = (bpf_get_current_pid_tgid() >> 32) as u32;
         let agent = Agent { cgroup: bpf_get_current_cgroup_id(), since_ns: bpf_ktime_get_ns() };
-        if AGENTS.insert(&process, &agent, 0).is_ok() {
+        if AGENTS.insert(process, agent, 0).is_ok() {
             // Tells the agent its process id, and that the nonce is spent.
-            let _ = HELLO.insert(&nonce, &process, 0);
+            let _ = HELLO.insert(nonce, process, 0);
         }
     }
     REFUSE
@@ -125,7 +125,7 @@ fn decide(ctx: &SockAddrContext, dst: Endpoint) -> Verdict {
             return Verdict::Pass;
         }
         let netns = bpf_get_netns_cookie(ctx.sock_addr.cast());
-        match PODS.get(&netns) {
+        match PODS.get(netns) {
             Some(pod) => from_pod(ctx, netns, pod, dst),
             None => from_elsewhere(ctx, netns, dst),
         }
@@ -259,7 +259,7 @@ fn from_elsewhere(ctx: &SockAddrContext, netns: u64, dst: Endpoint) -> Verdict {
             Some(settings) if settings.host_netns == netns => {}
             _ => return Verdict::Pass,
         }
-        if LOCAL.get(&dst.addr_be).is_none() {
+        if LOCAL.get(dst.addr_be).is_none() {
             return Verdict::Pass;
         }
         let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
@@ -281,7 +281,7 @@ fn in_pod_cgroup() -> bool {
             if cgroup == 0 {
                 return false;
             }
-            if POD_CGROUPS.get(&cgroup).is_some() {
+            if POD_CGROUPS.get(cgroup).is_some() {
                 return true;
             }
         }

@@ -100,18 +100,18 @@ fn from_outside(ctx: &SkLookupContext, pod: u64, local: &Endpoint, remote: &Endp
 fn steer(ctx: &SkLookupContext, netns: u64, kind: u16, counter: Counter) -> u32 {
     // SAFETY: map entries are replaced, never written in place; a helper without arguments.
     let worker = unsafe {
-        match PODS.get(&netns) {
+        match PODS.get(netns) {
             Some(pod) if pod.workers != 0 => bpf_get_prandom_u32() % pod.workers,
             _ => 0,
         }
     };
     let mut key = ListenerKey { netns, kind, worker: worker as u16, pad: 0 };
-    if LISTENERS.redirect_sk_lookup(ctx, &key, NO_REUSEPORT).is_ok() {
+    if LISTENERS.redirect_sk_lookup(ctx, key, NO_REUSEPORT).is_ok() {
         count(counter);
         return PASS;
     }
     key.worker = 0;
-    if LISTENERS.redirect_sk_lookup(ctx, &key, NO_REUSEPORT).is_ok() {
+    if LISTENERS.redirect_sk_lookup(ctx, key, NO_REUSEPORT).is_ok() {
         count(counter);
         return PASS;
     }
@@ -131,7 +131,7 @@ fn is_trusted(local: &Endpoint, remote: &Endpoint) -> bool {
     };
     // SAFETY: map entries are replaced, never written in place; a helper without arguments.
     unsafe {
-        match TRUSTED.get(&flow) {
+        match TRUSTED.get(flow) {
             Some(dialled) => bpf_ktime_get_ns().wrapping_sub(*dialled) < TRUSTED_FLOW_TTL_NS,
             None => false,
         }
@@ -142,10 +142,10 @@ fn is_trusted(local: &Endpoint, remote: &Endpoint) -> bool {
 fn mode_of(netns: u64, port: u16) -> u32 {
     // SAFETY: map entries are replaced, never written in place.
     unsafe {
-        if let Some(mode) = MODES.get(&ModeKey { netns, port, pad: [0; 3] }) {
+        if let Some(mode) = MODES.get(ModeKey { netns, port, pad: [0; 3] }) {
             return *mode;
         }
-        match MODES.get(&ModeKey { netns, port: 0, pad: [0; 3] }) {
+        match MODES.get(ModeKey { netns, port: 0, pad: [0; 3] }) {
             Some(mode) => *mode,
             None => mode::STRICT,
         }
@@ -181,7 +181,7 @@ unsafe fn remote(lookup: *mut bpf_sk_lookup) -> Endpoint {
         } else {
             words(&raw const (*lookup).remote_ip6)
         };
-        Endpoint { addr_be, port: u16::from_be((*lookup).remote_port as u16), pad: 0 }
+        Endpoint { addr_be, port: u16::from_be((*lookup).remote_port), pad: 0 }
     }
 }
 

@@ -134,8 +134,8 @@ pub fn pod_at(addr_be: &[u32; 4]) -> Option<u64> {
 #[inline(always)]
 pub fn is_captured(addr_be: &[u32; 4]) -> bool {
     match v4_of(addr_be) {
-        Some(v4_be) => CAPTURED4.get(&Key::new(32, v4_be)).is_some(),
-        None => CAPTURED6.get(&Key::new(128, *addr_be)).is_some(),
+        Some(v4_be) => CAPTURED4.get(Key::new(32, v4_be)).is_some(),
+        None => CAPTURED6.get(Key::new(128, *addr_be)).is_some(),
     }
 }
 
@@ -146,7 +146,7 @@ pub fn is_agent() -> bool {
     // SAFETY: plain helpers without arguments; map entries are replaced, never written in place.
     unsafe {
         let process = (bpf_get_current_pid_tgid() >> 32) as u32;
-        match AGENTS.get(&process) {
+        match AGENTS.get(process) {
             Some(agent) => agent.cgroup == bpf_get_current_cgroup_id(),
             None => false,
         }

@@ -68,7 +68,7 @@ unsafe fn original(ctx: &SockAddrContext, peer_be: [u32; 4]) -> Option<Endpoint>
             server_port: OUTBOUND_PORT,
             pad: 0,
         };
-        ORIGINAL.get(&flow).copied()
+        ORIGINAL.get(flow).copied()
     }
 }
 

@@ -42,13 +42,13 @@ fn dialling(ctx: &SockOpsContext) {
     let Some(note) = note_of(socket(ctx)) else {
         // Not captured, yet dialling the listener itself: it must not inherit what an earlier flow left.
         if remote_port(ctx) == OUTBOUND_PORT {
-            let _ = ORIGINAL.remove(&outgoing(ctx));
+            let _ = ORIGINAL.remove(outgoing(ctx));
         }
         return;
     };
     match note.kind {
         note::CAPTURED => {
-            if ORIGINAL.insert(&outgoing(ctx), &note.peer, 0).is_err() {
+            if ORIGINAL.insert(outgoing(ctx), note.peer, 0).is_err() {
                 count(Counter::Unpublished);
                 warn!(ctx, "an original destination could not be published: the connection will be closed");
             }
@@ -58,14 +58,12 @@ fn dialling(ctx: &SockOpsContext) {
             let flow = Flow { netns: 0, ..outgoing(ctx) };
             // SAFETY: a helper without arguments.
             let now = unsafe { bpf_ktime_get_ns() };
-            if TRUSTED.insert(&flow, &now, 0).is_ok() {
+            if TRUSTED.insert(flow, now, 0).is_ok() {
                 watch_close(ctx);
             }
         }
-        note::DELIVERED => {
-            if DELIVERED.insert(&outgoing(ctx), &note.peer, 0).is_ok() {
-                watch_close(ctx);
-            }
+        note::DELIVERED if DELIVERED.insert(outgoing(ctx), note.peer, 0).is_ok() => {
+            watch_close(ctx);
         }
         _ => {}
     }
@@ -89,10 +87,10 @@ fn accepted(ctx: &SockOpsContext) {
         pad: 0,
     };
     // SAFETY: entries are replaced, never written in place.
-    let Some(peer) = (unsafe { DELIVERED.get(&flow) }).copied() else {
+    let Some(peer) = (unsafe { DELIVERED.get(flow) }).copied() else {
         return;
     };
-    let _ = DELIVERED.remove(&flow);
+    let _ = DELIVERED.remove(flow);
     if write_note(socket(ctx), Note { kind: note::SERVED, peer }) {
         count(Counter::Delivered);
     } else {
@@ -114,10 +112,10 @@ fn changed(ctx: &SockOpsContext) {
     }
     match note_of(socket(ctx)).map(|note| note.kind) {
         Some(note::TRUSTED) => {
-            let _ = TRUSTED.remove(&Flow { netns: 0, ..outgoing(ctx) });
+            let _ = TRUSTED.remove(Flow { netns: 0, ..outgoing(ctx) });
         }
         Some(note::DELIVERED) => {
-            let _ = DELIVERED.remove(&outgoing(ctx));
+            let _ = DELIVERED.remove(outgoing(ctx));
         }
         _ => {}
     }

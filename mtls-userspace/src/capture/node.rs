@@ -131,7 +131,7 @@ impl Capture {
         Ok(unwanted.len())
     }
 
-    /// The cgroup2 directory that the hooks are attached to.
+    /// The cgroup2 directory that the hooks are attached to, without symbolic links in it.
     pub fn cgroup_root(&self) -> &Path {
         &self.cgroup_root
     }
