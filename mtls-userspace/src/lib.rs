@@ -20,11 +20,20 @@
 //! | [`observe`] | counters, access log, admin API |
 
 pub mod addr;
+pub mod bench;
 pub mod ca;
 pub mod capture;
+pub mod cli;
+pub mod config;
+pub mod connection;
+pub mod drain;
+pub mod enrolment;
 pub mod identity;
 pub mod mesh;
+pub mod node;
 pub mod observe;
+pub mod outcome;
 pub mod policy;
 pub mod relay;
 pub mod tunnel;
+pub mod worker;

@@ -1,1 +1,42 @@
-fn main() {}
+//! `mtls`: parse, run, exit code.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use mtls::cli;
+
+/// Transparent mTLS for Kubernetes: no sidecar, no iptables.
+#[derive(Parser)]
+#[command(name = "mtls", version)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the node agent
+    Node(cli::node::Node),
+    /// Run the certificate authority
+    Ca(cli::ca::Ca),
+    /// Show what the agent on this node is doing
+    Status(cli::status::Args),
+    /// Measure: a load client and its server
+    Bench(cli::bench::Bench),
+}
+
+fn main() -> ExitCode {
+    let result = match Args::parse().command {
+        Command::Node(node) => node.run(),
+        Command::Ca(ca) => cli::ca::main(ca),
+        Command::Status(args) => cli::status::main(&args),
+        Command::Bench(bench) => bench.run(),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("mtls: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,24 +1,64 @@
-//! Development commands: setup, build, demo, test. Nothing the product needs at run time.
+//! Development commands: setup, build, demo, test, lint. Nothing the product needs at run time.
 
 mod build;
+mod demo;
+mod lint;
+mod setup;
+mod test;
+mod toolchain;
 
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "Build, demonstrate and test mtls")]
 struct Args {
     #[command(subcommand)]
-    command: Command,
+    command: Task,
 }
 
 #[derive(Subcommand)]
-enum Command {
+enum Task {
+    /// Install what the other commands need, as far as it is missing.
+    Setup,
     /// Build the kernel half and the `mtls` binary that carries it.
     Build(build::Build),
+    /// Show it at work: two nodes, real applications, an intruder.
+    Demo,
+    /// Measure speed and memory beside plain TCP, in the same lab.
+    Bench,
+    /// Lint everything, then run every test.
+    Test(test::Test),
+    /// Formatting and clippy, for the host and for the kernel half.
+    Lint,
 }
 
-fn main() -> anyhow::Result<()> {
+fn main() -> Result<()> {
     match Args::parse().command {
-        Command::Build(build) => build.run().map(|path| println!("{}", path.display())),
+        Task::Setup => setup::run(),
+        Task::Build(build) => build.run().map(|path| println!("{}", path.display())),
+        Task::Demo => demo::run(),
+        Task::Bench => demo::figures(),
+        Task::Test(test) => test.run(),
+        Task::Lint => lint::run(),
     }
+}
+
+/// Cargo, as it was called.
+fn cargo() -> Command {
+    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+/// Runs a command to its end; its failure is ours.
+fn call(command: &mut Command) -> Result<()> {
+    let status = command.status().with_context(|| format!("run {:?}", command.get_program()))?;
+    ensure!(status.success(), "{command:?} failed: {status}");
+    Ok(())
+}
+
+/// Says what comes next, to a person who watches.
+fn step(what: &str) {
+    println!("── {what}");
 }

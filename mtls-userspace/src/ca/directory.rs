@@ -14,8 +14,8 @@ use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use zeroize::{Zeroize, Zeroizing};
 
-use super::Error;
 use super::authority::SigningKey;
+use super::{CertificateAuthority, Error};
 use crate::identity::{Certificate, pem_certificates, to_pem};
 
 const SIGNER: &str = "ca-cert.pem";
@@ -76,7 +76,7 @@ pub(super) fn write(dir: &Path, root: &CertificateDer<'static>, key: &KeyPair) -
 }
 
 /// Writes a file so that readers see the old content or the new, never a part.
-pub(super) fn replace(path: &Path, content: &[u8], mode: u32) -> Result<(), Error> {
+fn replace(path: &Path, content: &[u8], mode: u32) -> Result<(), Error> {
     let failed = |source| Error::File { attempt: "write", path: path.into(), source };
     let name = path.file_name().ok_or_else(|| failed(io::ErrorKind::InvalidFilename.into()))?;
     let mut hidden = std::ffi::OsString::from(".");
@@ -200,4 +200,9 @@ fn valid_now(path: &Path, certificate: &Certificate) -> Result<(), Error> {
         return Ok(());
     }
     Err(Error::Validity { path: path.into(), not_before, not_after })
+}
+
+/// Writes the public roots for agents; readers see the old file or the new, never a part.
+pub fn write_root_bundle(path: &Path, authority: &CertificateAuthority) -> Result<(), Error> {
+    replace(path, authority.root_bundle().as_bytes(), 0o644)
 }

@@ -17,6 +17,7 @@ mod service;
 
 pub use authority::CertificateAuthority;
 pub use callers::{Caller, Callers, InvalidTokens, JoinTokens, Unidentified};
+pub use directory::write_root_bundle;
 pub use server::serve;
 pub use service::{NodeAuthorization, Service};
 

@@ -31,6 +31,10 @@ pub struct Csr {
 }
 
 impl Csr {
+    pub fn new(request: &rcgen::CertificateSigningRequest) -> Result<Self, rcgen::Error> {
+        Ok(Self { pem: request.pem()? })
+    }
+
     pub fn pem(&self) -> &str {
         &self.pem
     }
@@ -49,7 +53,7 @@ impl Key {
         // SPIFFE: the URI is the name, the subject says nothing.
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = vec![SanType::URI(id.uri().try_into()?)];
-        Ok(Csr { pem: params.serialize_request(&self.0)?.pem()? })
+        Csr::new(&params.serialize_request(&self.0)?)
     }
 
     fn certified_by(&self, certificate: &Certificate) -> bool {

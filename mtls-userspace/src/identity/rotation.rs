@@ -81,6 +81,10 @@ impl Identities {
                 () = &mut shutdown => return,
                 () = self.wanted.notified() => {}
                 Some(ended) = renewals.tasks.join_next() => renewals.ended(ended),
+                () = self.authority.roots_changed() => {
+                    tracing::info!("the roots to trust have changed; renewing every certificate");
+                    self.slots.load().values().for_each(|slot| slot.renew.notify_one());
+                }
             }
         }
     }
@@ -235,7 +239,7 @@ impl Identities {
         doubled.min(worth).mul_f64(rand::rng().random_range(0.5..=1.0))
     }
 
-    /// Sleeps by the wall clock, which certificates go by, and announces an expiry on the way.
+    /// Sleeps by the wall clock, which certificates go by, or until told to renew; announces an expiry on the way.
     async fn pause(&self, slot: &Slot, until: SystemTime) {
         // A suspended machine's monotonic clock stands still: look at the wall clock now and then.
         const GLANCE: Duration = Duration::from_secs(20);
@@ -251,9 +255,10 @@ impl Identities {
             let Ok(left) = until.duration_since(now) else { return };
             let to_end = end.and_then(|end| end.duration_since(now).ok()).unwrap_or(GLANCE);
             // Not less than a timer tick, or the last moments are a busy loop.
-            tokio::time::sleep(left.min(to_end).min(GLANCE).max(Duration::from_millis(1))).await;
-            if left.is_zero() {
-                return;
+            let nap = left.min(to_end).min(GLANCE).max(Duration::from_millis(1));
+            tokio::select! {
+                () = tokio::time::sleep(nap) => {}
+                () = slot.renew.notified() => return,
             }
         }
     }
@@ -280,6 +285,8 @@ pub struct IdentityStatus {
 struct Slot {
     id: SpiffeId,
     current: ArcSwapOption<Identity>,
+    /// Now, whatever is planned.
+    renew: Notify,
     progress: Mutex<Progress>,
 }
 
@@ -293,7 +300,12 @@ struct Progress {
 
 impl Slot {
     fn new(id: SpiffeId) -> Arc<Self> {
-        Arc::new(Self { id, current: ArcSwapOption::empty(), progress: Mutex::default() })
+        Arc::new(Self {
+            id,
+            current: ArcSwapOption::empty(),
+            renew: Notify::new(),
+            progress: Mutex::default(),
+        })
     }
 
     fn not_after(&self) -> Option<SystemTime> {

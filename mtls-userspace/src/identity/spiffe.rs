@@ -266,7 +266,8 @@ mod tests {
     #[test]
     fn each_fault_is_named() {
         use InvalidSpiffeId as E;
-        let cases: Vec<(&str, fn(&E) -> bool)> = vec![
+        type Expected = fn(&E) -> bool;
+        let cases: Vec<(&str, Expected)> = vec![
             ("", |e| matches!(e, E::Scheme { .. })),
             ("cluster.local/ns/a/sa/b", |e| matches!(e, E::Scheme { .. })),
             ("SPIFFE://cluster.local/ns/a/sa/b", |e| matches!(e, E::Scheme { .. })),

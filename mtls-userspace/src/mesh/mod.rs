@@ -4,13 +4,38 @@
 //! snapshot stays in force. This room never opens a connection and never looks at a certificate.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+
 use crate::addr::OriginalDst;
-use crate::identity::SpiffeId;
-use crate::policy::Policies;
+use crate::identity::{SpiffeId, TrustDomain};
+use crate::policy::{Mode, Policies};
+
+mod error;
+mod manifests;
+mod objects;
+mod pod;
+mod service;
+mod source;
+
+pub use error::{Error, InvalidAddress, NoObject, Place};
+pub use objects::{Objects, Placed};
+pub use source::Source;
+
+use service::Services;
+
+/// What a mesh is built with besides its objects.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Of every workload's identity.
+    pub trust_domain: TrustDomain,
+    /// Policies without a selector in this namespace are the mesh's; Istio calls it `istio-system`.
+    pub root_namespace: Arc<str>,
+}
 
 /// One pod in the mesh's view, enrolled or not. Pods in phase Succeeded or Failed are absent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,13 +47,13 @@ pub struct Workload {
     pub app: Arc<str>,
     /// Node the pod runs on (`spec.nodeName`).
     pub node: Option<Arc<str>>,
-    /// All pod IPs, canonical, in manifest order; never empty.
+    /// All pod IPs, canonical, in manifest order; never empty. Of a pod on the host network: the node's.
     pub addresses: Vec<IpAddr>,
     pub labels: BTreeMap<String, String>,
     /// `istio.io/dataplane-mode` says so and the pod is not on the host network.
     pub enrolled: bool,
     pub identity: SpiffeId,
-    /// (name, port) of each container port.
+    /// (name, port) of each TCP container port.
     pub ports: Vec<(Option<Arc<str>>, u16)>,
     /// From the annotation `mtls.dev/netns`: path of the pod's network namespace.
     pub netns: Option<PathBuf>,
@@ -43,8 +68,8 @@ impl Workload {
     }
 }
 
-/// Where a captured connection goes.
-#[derive(Debug, Clone)]
+/// Where a captured connection goes. `service` is `namespace/name`, if the application dialled a VIP.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Destination {
     /// An enrolled workload; `address` is the pod's own address and port (a VIP already resolved).
     Workload { workload: Arc<Workload>, address: SocketAddr, service: Option<Arc<str>> },
@@ -62,28 +87,118 @@ pub struct Mesh {
     pub workloads: Vec<Arc<Workload>>,
     pub policies: Policies,
     by_address: HashMap<IpAddr, Arc<Workload>>,
+    services: Services,
+    warnings: Vec<Warning>,
 }
 
 impl Mesh {
-    /// The workload that owns an address, enrolled or not.
+    /// Builds a snapshot. Pure: the same objects make the same mesh.
+    ///
+    /// # Errors
+    ///
+    /// The first object that contradicts itself or another, with the place it was read.
+    pub fn build(objects: &Objects, settings: &Settings, generation: u64) -> Result<Self, Error> {
+        let mut warnings = Vec::new();
+        let pods = pod::live_pods(objects, settings, &mut warnings)?;
+        let by_address: HashMap<IpAddr, Arc<Workload>> = pods
+            .iter()
+            .filter(|pod| !pod.host_network)
+            .flat_map(|pod| pod.workload.addresses.iter().map(|address| (*address, pod.workload.clone())))
+            .collect();
+        let services = Services::new(objects, &pods, &by_address, &mut warnings)?;
+        let workloads: Vec<Arc<Workload>> = pods.into_iter().map(|pod| pod.workload).collect();
+        let policies = Policies::new(
+            objects.peer_authentications.iter().map(|placed| &placed.object),
+            objects.authorization_policies.iter().map(|placed| &placed.object),
+            &workloads,
+            &settings.root_namespace,
+        );
+        Ok(Self { generation, workloads, policies, by_address, services, warnings })
+    }
+
+    /// The workload that owns an address, enrolled or not. Pods on the host network own none: the node's address
+    /// does not tell who is using it.
     pub fn workload(&self, address: IpAddr) -> Option<&Arc<Workload>> {
         self.by_address.get(&address)
     }
 
     /// Decides where a connection to `dst`, dialled by a workload on `node`, goes. Flat cost in the number of
     /// endpoints. Chooses among ready endpoints at random.
-    pub fn resolve(&self, _dst: OriginalDst, _node: &str) -> Destination {
-        unimplemented!()
+    pub fn resolve(&self, dst: OriginalDst, node: &str) -> Destination {
+        let Some(service) = self.services.name(dst.ip()) else {
+            return self.destination(self.workload(dst.ip()).cloned(), dst.addr(), None);
+        };
+        match self.services.vip(dst.addr()).and_then(|vip| vip.choose(node)) {
+            Some(endpoint) => {
+                self.destination(endpoint.workload.clone(), endpoint.address, Some(service.clone()))
+            }
+            None => Destination::Nowhere { service: service.clone() },
+        }
+    }
+
+    fn destination(
+        &self,
+        workload: Option<Arc<Workload>>,
+        address: SocketAddr,
+        service: Option<Arc<str>>,
+    ) -> Destination {
+        match workload {
+            Some(workload)
+                if workload.enrolled && self.policies.mode(&workload, address.port()) != Mode::Disable =>
+            {
+                Destination::Workload { workload, address, service }
+            }
+            workload => Destination::Plain { workload, address, service },
+        }
     }
 
     /// Every address that the kernel half must capture when no mesh prefixes are configured: the addresses of
-    /// enrolled workloads and the VIPs of services.
+    /// enrolled workloads and the VIPs of services. Sorted.
     pub fn captured_addresses(&self) -> Vec<IpAddr> {
-        unimplemented!()
+        let enrolled = self.by_address.iter().filter(|(_, workload)| workload.enrolled);
+        let mut addresses: Vec<IpAddr> =
+            enrolled.map(|(address, _)| *address).chain(self.services.addresses()).collect();
+        addresses.sort_unstable();
+        addresses.dedup();
+        addresses
     }
 
     /// Enrolled workloads on a node.
     pub fn enrolled_on<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Arc<Workload>> {
         self.workloads.iter().filter(move |w| w.enrolled && w.node.as_deref() == Some(node))
     }
+
+    /// What in the objects is not honoured as written. Policies have their own: [`Policies::warnings`].
+    pub fn warnings(&self) -> &[Warning] {
+        &self.warnings
+    }
+}
+
+/// A remark on objects that are in force nonetheless.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Warning {
+    ClaimedAddress { address: IpAddr, newer: String, older: String },
+    SessionAffinity { service: Arc<str> },
+}
+
+impl fmt::Display for Warning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ClaimedAddress { address, newer, older } => write!(
+                f,
+                "{address} is claimed by Pod {newer} and by the older Pod {older}; it counts as {newer}'s"
+            ),
+            Self::SessionAffinity { service } => {
+                write!(
+                    f,
+                    "Service {service}: sessionAffinity ClientIP isn't honoured; endpoints are chosen at random"
+                )
+            }
+        }
+    }
+}
+
+/// `namespace/name`.
+fn key(metadata: &ObjectMeta) -> String {
+    format!("{}/{}", objects::namespace(metadata), metadata.name.as_deref().unwrap_or_default())
 }

@@ -18,7 +18,8 @@ use super::connections::Open;
 use super::flow::{Ending, Flow, Party, Refusal};
 
 /// In what form lines are written.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum AccessLog {
     #[default]
     Off,
@@ -77,10 +78,10 @@ impl Log {
     }
 
     pub fn write(&self, record: Record) {
-        if let Some(queue) = &self.queue {
-            if queue.try_send(record).is_err() {
-                self.lost.fetch_add(1, Ordering::Relaxed);
-            }
+        if let Some(queue) = &self.queue
+            && queue.try_send(record).is_err()
+        {
+            self.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -137,9 +138,14 @@ impl Writer {
     fn take(&mut self, record: Record, lines: &mut String) -> Option<SyncSender<()>> {
         let fields = match &record {
             Record::Flush(done) => return Some(done.clone()),
-            Record::Ended { at, open, duration, ending } => {
-                fields(*at, &open.flow, open.progress.load(), *duration, ending.as_str(), ending.reason())
-            }
+            Record::Ended { at, open, duration, ending } => fields(
+                *at,
+                &open.flow,
+                (open.progress.sent(), open.progress.received()),
+                *duration,
+                ending.as_str(),
+                ending.reason(),
+            ),
             Record::Refused { at, flow, refusal } => {
                 fields(*at, flow, (0, 0), Duration::ZERO, "refused", Some(refusal.to_string()))
             }
@@ -177,7 +183,8 @@ impl Writer {
         match self.form {
             AccessLog::Json => {
                 for (position, (name, value)) in fields.iter().enumerate() {
-                    let _ = write!(lines, "{}\"{name}\":{value}", if position == 0 { '{' } else { ',' });
+                    let _ = write!(lines, "{}\"{name}\":", if position == 0 { '{' } else { ',' });
+                    push_json(value, lines);
                 }
                 lines.push_str("}\n");
             }
@@ -187,14 +194,22 @@ impl Writer {
                     match value {
                         Value::Null => lines.push('-'),
                         Value::String(text) if is_bare(text) => lines.push_str(text),
-                        // JSON's quotes and escapes.
-                        value => {
-                            let _ = write!(lines, "{value}");
-                        }
+                        value => push_json(value, lines),
                     }
                 }
                 lines.push('\n');
             }
+        }
+    }
+}
+
+/// JSON, with the control characters escaped that JSON itself leaves alone and a terminal obeys.
+fn push_json(value: &Value, lines: &mut String) {
+    for c in value.to_string().chars() {
+        if c.is_control() {
+            let _ = write!(lines, "\\u{:04x}", u32::from(c));
+        } else {
+            lines.push(c);
         }
     }
 }

@@ -12,21 +12,16 @@ use tokio::sync::Notify;
 
 use super::Observer;
 use super::flow::{Direction, Ending, Flow, Path};
-use super::traffic::Series;
+use super::traffic::Reports;
+use crate::relay::Progress;
 
 const SHARDS: usize = 16;
 
-/// Application bytes so far, as seen from the source: `sent` went from source to destination.
+/// Bytes that the metrics already have.
 #[derive(Debug, Default)]
-pub struct Progress {
-    pub sent: AtomicU64,
-    pub received: AtomicU64,
-}
-
-impl Progress {
-    pub(super) fn load(&self) -> (u64, u64) {
-        (self.sent.load(Ordering::Relaxed), self.received.load(Ordering::Relaxed))
-    }
+struct Folded {
+    sent: AtomicU64,
+    received: AtomicU64,
 }
 
 /// An open connection, as the registry and the access log share it.
@@ -36,8 +31,8 @@ pub(super) struct Open {
     pub flow: Flow,
     pub progress: Progress,
     /// What of `progress` the metrics already have.
-    folded: Progress,
-    pub series: Arc<Series>,
+    folded: Folded,
+    pub reports: Reports,
     since: Instant,
     stop: OnceLock<Arc<str>>,
     stopping: Notify,
@@ -50,10 +45,11 @@ impl Open {
 
     /// Moves what came since the last call into the metrics. Exact under concurrent calls: a maximum only rises.
     pub fn fold(&self) {
-        let (sent, received) = self.progress.load();
+        let (sent, received) = (self.progress.sent(), self.progress.received());
         let delta =
             |folded: &AtomicU64, now: u64| now.saturating_sub(folded.fetch_max(now, Ordering::Relaxed));
-        self.series.value.add_bytes(delta(&self.folded.sent, sent), delta(&self.folded.received, received));
+        let (sent, received) = (delta(&self.folded.sent, sent), delta(&self.folded.received, received));
+        self.reports.each().for_each(|counts| counts.add_bytes(sent, received));
     }
 }
 
@@ -66,14 +62,14 @@ pub(super) struct Connections {
 }
 
 impl Connections {
-    pub fn insert(&self, flow: Flow, series: Arc<Series>) -> Arc<Open> {
+    pub fn insert(&self, flow: Flow, reports: Reports) -> Arc<Open> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let open = Arc::new(Open {
             id,
             flow,
             progress: Progress::default(),
-            folded: Progress::default(),
-            series,
+            folded: Folded::default(),
+            reports,
             since: Instant::now(),
             stop: OnceLock::new(),
             stopping: Notify::new(),
@@ -140,6 +136,11 @@ impl Connection {
 
     pub fn flow(&self) -> &Flow {
         &self.open.flow
+    }
+
+    /// Why the connection was asked to stop, if it was.
+    pub fn stop_reason(&self) -> Option<Arc<str>> {
+        self.open.stop.get().cloned()
     }
 
     /// Resolves with the reason once policy no longer allows this connection; pending until then. Cancel-safe.

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use crate::addr::{OriginalDst, OriginalSrc};
 use crate::identity::SpiffeId;
 use crate::mesh::Workload;
+use crate::policy::{Denied, Reason};
 
 /// Which end of the connection this agent stands at.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -29,6 +30,13 @@ impl Direction {
         }
     }
 
+    pub(super) fn other(self) -> Self {
+        match self {
+            Self::Outbound => Self::Inbound,
+            Self::Inbound => Self::Outbound,
+        }
+    }
+
     /// Istio's `reporter` label.
     pub(super) fn reporter(self) -> &'static str {
         match self {
@@ -43,7 +51,8 @@ impl Direction {
 pub enum Path {
     /// Mutual TLS to the peer's agent.
     Tunnel,
-    /// Both pods on this node: authorized with both identities, relayed without leaving the agent.
+    /// Both pods on this node: authorized with both identities, relayed without leaving the agent. Reported once,
+    /// by either direction; Istio's metrics get it as reported by the source and by the destination.
     SameNode,
     /// Plain TCP accepted by an enrolled destination.
     Plaintext,
@@ -104,20 +113,22 @@ pub struct Flow {
 /// Why a connection never came to be.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Refusal {
-    /// By authorization: the DENY policy that matched, or none when no ALLOW policy did.
-    Denied {
-        policy: Option<Arc<str>>,
+    /// By this agent's policy room.
+    Denied(Denied),
+    /// By the destination's agent, whose words go to the log; being from the wire, never to a metric.
+    DeniedByPeer {
+        detail: Arc<str>,
     },
-    /// Plaintext to a port whose mode is STRICT.
-    PlaintextToStrict,
     /// The Service has no ready endpoint, or does not serve the port.
     NoEndpoint,
-    /// The peer asked for an address that no enrolled pod of this node owns.
-    UnknownDestination,
+    /// The peer asked for an address that is not of the pod whose tunnel it came through.
+    WrongPod,
+    /// The peer claims a client address that is neither its own nor of a pod with its identity.
+    ForgedSource,
     /// The kernel half recorded no original destination for the captured socket.
     NoOriginalDestination,
     /// No certificate for the workload yet, or it has run out.
-    NoIdentity,
+    NoCertificate,
     /// The peer agent could not be reached.
     PeerUnreachable,
     Handshake(HandshakeFailure),
@@ -139,12 +150,17 @@ impl Refusal {
     /// The `reason` label.
     pub fn as_str(&self) -> &'static str {
         match self {
-            Self::Denied { .. } => "denied",
-            Self::PlaintextToStrict => "plaintext_to_strict",
+            Self::Denied(denied) => match denied.reason {
+                Reason::StrictMode => "plaintext_to_strict",
+                Reason::DenyPolicy => "deny_policy",
+                Reason::NoAllowMatched => "no_allow_matched",
+            },
+            Self::DeniedByPeer { .. } => "denied_by_peer",
             Self::NoEndpoint => "no_endpoint",
-            Self::UnknownDestination => "unknown_destination",
+            Self::WrongPod => "wrong_pod",
+            Self::ForgedSource => "forged_source",
             Self::NoOriginalDestination => "no_original_destination",
-            Self::NoIdentity => "no_identity",
+            Self::NoCertificate => "no_certificate",
             Self::PeerUnreachable => "peer_unreachable",
             Self::Handshake(_) => "handshake",
             Self::ConnectRefused => "connect_refused",
@@ -159,8 +175,8 @@ impl Refusal {
     /// Istio's `response_flags`.
     pub(super) fn response_flags(&self) -> &'static str {
         match self {
-            Self::Denied { .. } | Self::PlaintextToStrict => "DENY",
-            Self::Handshake(_) | Self::NoIdentity => "TLS_FAILURE",
+            Self::Denied(_) | Self::DeniedByPeer { .. } | Self::ForgedSource => "DENY",
+            Self::Handshake(_) | Self::NoCertificate => "TLS_FAILURE",
             _ => "CONNECT",
         }
     }
@@ -169,15 +185,15 @@ impl Refusal {
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Denied { policy: Some(policy) } => write!(f, "denied by {policy}"),
-            Self::Denied { policy: None } => f.write_str("no ALLOW policy matched"),
-            Self::PlaintextToStrict => f.write_str("plaintext to a STRICT port"),
+            Self::Denied(denied) => denied.fmt(f),
+            Self::DeniedByPeer { detail } => write!(f, "the destination's agent: {detail}"),
             Self::NoEndpoint => f.write_str("the service has no ready endpoint for this port"),
-            Self::UnknownDestination => {
-                f.write_str("no enrolled pod of this node has the destination address")
+            Self::WrongPod => f.write_str("the destination address is not of the pod whose tunnel was used"),
+            Self::ForgedSource => {
+                f.write_str("the client address is neither the peer's nor of a pod with its identity")
             }
             Self::NoOriginalDestination => f.write_str("the kernel recorded no original destination"),
-            Self::NoIdentity => f.write_str("the workload has no valid certificate"),
+            Self::NoCertificate => f.write_str("the workload has no valid certificate"),
             Self::PeerUnreachable => f.write_str("the peer's agent cannot be reached"),
             Self::Handshake(failure) => write!(f, "handshake failed: {}", failure.as_str()),
             Self::ConnectRefused => f.write_str("the destination application refused the connection"),
@@ -196,8 +212,9 @@ pub enum HandshakeFailure {
     /// The peer's chain ends in no root of the bundle.
     UnknownCa,
     Expired,
-    /// A valid certificate of somebody else, or of a foreign trust domain.
+    /// A valid certificate of somebody else.
     WrongIdentity,
+    WrongTrustDomain,
     NoCertificate,
     Revoked,
     /// Not TLS 1.3, no common suite or protocol, garbage.
@@ -213,6 +230,7 @@ impl HandshakeFailure {
             Self::UnknownCa => "unknown_ca",
             Self::Expired => "expired",
             Self::WrongIdentity => "wrong_identity",
+            Self::WrongTrustDomain => "wrong_trust_domain",
             Self::NoCertificate => "no_certificate",
             Self::Revoked => "revoked",
             Self::Protocol => "protocol",

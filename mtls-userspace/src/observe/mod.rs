@@ -7,7 +7,7 @@ use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -40,7 +40,7 @@ use traffic::Traffic;
 
 pub use access_log::AccessLog;
 pub use admin::Admin;
-pub use connections::{Connection, Progress};
+pub use connections::Connection;
 pub use flow::{Direction, Ending, Flow, HandshakeFailure, Party, Path, Refusal};
 pub use metrics::Plaintext;
 pub use readiness::{Condition, Readiness};
@@ -147,18 +147,18 @@ impl Observer {
 
     /// Registers a connection that is about to carry bytes.
     pub fn open(&self, flow: Flow) -> Connection {
-        let series = self.inner.traffic.series(&flow, "-");
-        series.value.opened.fetch_add(1, Ordering::Relaxed);
+        let reports = self.inner.traffic.reports(&flow, "-");
+        reports.each().for_each(|counts| count(&counts.opened));
         self.count_plaintext(&flow, Plaintext::Accepted);
-        Connection::new(self.clone(), self.inner.connections.insert(flow, series))
+        Connection::new(self.clone(), self.inner.connections.insert(flow, reports))
     }
 
     /// Records a connection that was never opened.
     pub fn refused(&self, flow: Flow, refusal: Refusal) {
         self.count_refusal(flow.direction, &refusal);
         self.count_plaintext(&flow, Plaintext::Refused);
-        let series = self.inner.traffic.series(&flow, refusal.response_flags());
-        series.value.failed.fetch_add(1, Ordering::Relaxed);
+        let reports = self.inner.traffic.reports(&flow, refusal.response_flags());
+        reports.each().for_each(|counts| count(&counts.failed));
         if self.inner.log.is_on() {
             self.inner.log.write(Record::Refused { at: Timestamp::now(), flow: Box::new(flow), refusal });
         }
@@ -204,10 +204,6 @@ impl Observer {
             outcome,
         };
         self.inner.events.plaintext.entry(&labels).value.fetch_add(1, Ordering::Relaxed);
-    }
-
-    pub fn capture_events_lost(&self, count: u64) {
-        self.inner.events.capture_events_lost.inc_by(count);
     }
 
     /// Where certificates are asked for at scrape time.
@@ -296,11 +292,12 @@ impl Observer {
 
     fn ended(&self, open: &Arc<Open>, ending: Ending) {
         match ending.response_flags(open.flow.direction) {
-            "-" => open.series.value.closed.fetch_add(1, Ordering::Relaxed),
+            "-" => open.reports.each().for_each(|counts| count(&counts.closed)),
             flags => {
-                self.inner.traffic.series(&open.flow, flags).value.closed.fetch_add(1, Ordering::Relaxed)
+                let reports = self.inner.traffic.reports(&open.flow, flags);
+                reports.each().for_each(|counts| count(&counts.closed));
             }
-        };
+        }
         if let Ending::Rejected(refusal) = &ending {
             self.count_refusal(open.flow.direction, refusal);
         }
@@ -312,7 +309,7 @@ impl Observer {
 
     fn count_refusal(&self, direction: Direction, refusal: &Refusal) {
         let policy = match refusal {
-            Refusal::Denied { policy: Some(policy) } => policy,
+            Refusal::Denied(denied) => denied.policy.as_deref().unwrap_or_default(),
             _ => "",
         };
         let labels = Refused { direction: direction.as_str(), reason: refusal.as_str(), policy };
@@ -327,4 +324,8 @@ impl Observer {
             self.plaintext(destination, flow.address.port(), outcome);
         }
     }
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
 }

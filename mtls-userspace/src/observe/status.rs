@@ -206,7 +206,7 @@ impl ConnectionRow {
             service,
             cipher,
         } = &open.flow;
-        let (bytes_sent, bytes_received) = open.progress.load();
+        let (bytes_sent, bytes_received) = (open.progress.sent(), open.progress.received());
         Self {
             id: open.id,
             direction: direction.as_str().to_owned(),

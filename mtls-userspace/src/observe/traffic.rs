@@ -13,7 +13,7 @@ use prometheus_client::encoding::DescriptorEncoder;
 
 use super::bounded::{Bounded, Entry, Labels};
 use super::exposition::Exposition;
-use super::flow::{Flow, Party};
+use super::flow::{Direction, Flow, Party, Path};
 use super::workload_labels::{canonical_name, canonical_revision, controller};
 use crate::identity::SpiffeId;
 use crate::mesh::Workload;
@@ -23,7 +23,7 @@ pub(super) const UNKNOWN: &str = "unknown";
 /// What stands in the labels of everything above the cap.
 pub(super) const OVERFLOW: &str = "overflow";
 
-pub(super) type Series = Entry<TrafficLabels, Counts>;
+type Series = Entry<TrafficLabels, Counts>;
 
 #[derive(Debug, Default)]
 pub(super) struct Counts {
@@ -34,6 +34,19 @@ pub(super) struct Counts {
     sent: AtomicU64,
     /// Source to destination.
     received: AtomicU64,
+}
+
+/// Where a flow is counted.
+#[derive(Debug)]
+pub(super) struct Reports {
+    own: Arc<Series>,
+    other: Option<Arc<Series>>,
+}
+
+impl Reports {
+    pub fn each(&self) -> impl Iterator<Item = &Counts> {
+        std::iter::once(&self.own).chain(&self.other).map(|series| &series.value)
+    }
 }
 
 impl Counts {
@@ -56,16 +69,22 @@ impl Traffic {
         Self { table, cluster, service_suffix: format!(".svc.{cluster_domain}") }
     }
 
-    /// The counters of a flow. `response_flags` is `-` for what opened and for what ended well.
-    pub fn series(&self, flow: &Flow, response_flags: &'static str) -> Arc<Series> {
-        self.table.entry(&FlowLabels::new(flow, response_flags, &self.cluster))
+    /// The counters of a flow: one set for each end that this agent stands at. `response_flags` is `-` for what
+    /// opened and for what ended well.
+    pub fn reports(&self, flow: &Flow, response_flags: &'static str) -> Reports {
+        let series =
+            |reporter| self.table.entry(&FlowLabels::new(flow, reporter, response_flags, &self.cluster));
+        Reports {
+            own: series(flow.direction),
+            other: (flow.path == Path::SameNode).then(|| series(flow.direction.other())),
+        }
     }
 
     pub fn overflowed(&self) -> u64 {
         self.table.overflowed()
     }
 
-    pub fn live(&self) -> Vec<Arc<Series>> {
+    fn live(&self) -> Vec<Arc<Series>> {
         self.table.live()
     }
 }
@@ -147,10 +166,10 @@ struct FlowLabels<'a> {
 }
 
 impl<'a> FlowLabels<'a> {
-    fn new(flow: &'a Flow, response_flags: &'static str, cluster: &'a str) -> Self {
+    fn new(flow: &'a Flow, reporter: Direction, response_flags: &'static str, cluster: &'a str) -> Self {
         Self {
             fixed: Fixed {
-                reporter: flow.direction.reporter(),
+                reporter: reporter.reporter(),
                 response_flags,
                 connection_security_policy: flow.path.security_policy(),
             },

@@ -17,7 +17,7 @@ mod watch;
 pub use plain::plain;
 pub use tunnelled::tunnelled;
 
-/// Bytes moved so far; readable from anywhere while the relay runs.
+/// Application bytes moved so far, as seen from the connection's source; readable from anywhere while the relay runs.
 #[derive(Debug, Default)]
 pub struct Progress {
     sent: AtomicU64,
@@ -25,22 +25,22 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// From the application (for [`plain`]: from `a`).
+    /// From source to destination.
     pub fn sent(&self) -> u64 {
         self.sent.load(Ordering::Relaxed)
     }
 
-    /// To the application (for [`plain`]: to `a`).
+    /// From destination to source.
     pub fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
     }
 
     // One task writes: a plain load and store cost less than an atomic addition.
-    fn add_sent(&self, n: usize) {
+    pub fn add_sent(&self, n: usize) {
         self.sent.store(self.sent() + n as u64, Ordering::Relaxed);
     }
 
-    fn add_received(&self, n: usize) {
+    pub fn add_received(&self, n: usize) {
         self.received.store(self.received() + n as u64, Ordering::Relaxed);
     }
 }

@@ -9,21 +9,24 @@ use std::task::{Context, Poll, ready};
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
-use crate::tunnel::{Buffer, Size, failed, receive, reset_on_close, send};
+use crate::tunnel::{Buffer, Size, failed, finish_on_close, receive, reset_on_close, send};
 
 use super::watch::Watch;
 use super::{End, Progress, Report, is_reset};
 
 const TURN: usize = 512 * 1024;
 
-/// Relays until both directions have ended, one side is reset, or `stop` resolves. After any end but [`End::Clean`]
-/// both sockets are marked to be reset when they are closed; the caller drops them right after.
+/// Relays until both directions have ended, one side is reset, or `stop` resolves. Until a clean end both sockets are
+/// marked to be reset when they are closed, by the caller who drops them right after or by the end of the process: an
+/// agent that is killed never makes a cut transfer look complete.
 pub async fn plain(
     a: &TcpStream,
     b: &TcpStream,
     progress: &Progress,
     stop: impl Future<Output = ()>,
 ) -> Report {
+    reset_on_close(a);
+    reset_on_close(b);
     let end = {
         let mut stop = pin!(stop);
         let mut watch = None;
@@ -42,9 +45,9 @@ pub async fn plain(
         })
         .await
     };
-    if !matches!(end, End::Clean) {
-        reset_on_close(a);
-        reset_on_close(b);
+    if matches!(end, End::Clean) {
+        finish_on_close(a);
+        finish_on_close(b);
     }
     Report::new(progress, end)
 }

@@ -15,7 +15,7 @@ use tokio::net::TcpStream;
 
 use crate::tunnel::{
     Buffer, Codec, HEADROOM, MAX_DATA, MAX_RANGES, Pulled, Rejection, SLOT, SLOT_DATA, SLOTS, Size, Stream,
-    failed, receive, receive_vectored, reset_on_close, send, send_vectored,
+    failed, finish_on_close, receive, receive_vectored, reset_on_close, send, send_vectored,
 };
 
 use super::watch::Watch;
@@ -28,14 +28,15 @@ const OVERHEAD: usize = (SLOT - MAX_DATA) + (SLOT - MAX_DATA);
 
 /// Relays until both directions have ended, one side is reset, or `stop` resolves.
 ///
-/// After any end but [`End::Clean`] `app` is marked to be reset when it is closed; the caller drops it and `stream`
-/// right after. `stream` is marked by itself: clean and rejected ends leave its tunnel usable.
+/// Until a clean end `app` is marked to be reset when it is closed, by the caller who drops it and `stream` right after
+/// or by the end of the process: an agent that is killed never makes a cut transfer look complete. `stream` is marked by itself: clean and rejected ends leave its tunnel usable.
 pub async fn tunnelled(
     app: &TcpStream,
     stream: &mut Stream,
     progress: &Progress,
     stop: impl Future<Output = ()>,
 ) -> Report {
+    reset_on_close(app);
     let end = {
         let (tunnel, codec) = stream.split();
         let mut relay = Relay {
@@ -66,12 +67,9 @@ pub async fn tunnelled(
         .await
     };
     match end {
-        End::Clean => {}
-        End::Rejected(_) => reset_on_close(app),
-        _ => {
-            reset_on_close(app);
-            stream.reset();
-        }
+        End::Clean => finish_on_close(app),
+        End::Rejected(_) => {}
+        _ => stream.reset(),
     }
     Report::new(progress, end)
 }
@@ -267,7 +265,12 @@ impl Relay<'_> {
             Err(_) => self.app_failed = true,
         }
         self.up.turn += total;
-        self.progress.add_sent(total);
+        // The application is the connection's source where the tunnel's client is.
+        if self.codec.order.is_client() {
+            self.progress.add_sent(total)
+        } else {
+            self.progress.add_received(total)
+        }
         self.up.end = end;
         self.up.buffer = Some(buffer);
         Ok(true)
@@ -368,7 +371,11 @@ impl Relay<'_> {
             };
             match written {
                 Ok(n) => {
-                    self.progress.add_received(n);
+                    if self.codec.order.is_client() {
+                        self.progress.add_received(n)
+                    } else {
+                        self.progress.add_sent(n)
+                    }
                     self.down.turn += n;
                     let mut offset = self.down.offset + n;
                     while let Some(&(_, length)) = ranges.get(self.down.delivered)

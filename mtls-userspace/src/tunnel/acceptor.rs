@@ -143,6 +143,10 @@ impl<'a> Request<'a> {
         self.stream.peer()
     }
 
+    pub fn cipher(&self) -> SupportedCipherSuite {
+        self.stream.cipher()
+    }
+
     /// Takes the stream; nothing is sent, the answer begins with the application's first bytes.
     pub fn accept(self) -> (Open, &'a mut Stream) {
         (self.open, self.stream)

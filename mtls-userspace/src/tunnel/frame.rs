@@ -240,6 +240,11 @@ impl Order {
         Self { role, inbound: Direction::Idle, outbound: Direction::Idle }
     }
 
+    /// Whether this end is the one that opens streams.
+    pub fn is_client(&self) -> bool {
+        self.role == Role::Client
+    }
+
     /// Judges a frame from the peer.
     pub fn received(&mut self, frame: &Frame<'_>) -> Result<(), FrameError> {
         use Direction::*;

@@ -46,7 +46,8 @@ pub(crate) use buffer::{Buffer, HEADROOM, SLOT, SLOT_DATA, SLOTS, Size};
 pub(crate) use codec::{Codec, MAX_RANGES, Pulled};
 pub(crate) use frame::MAX_DATA;
 pub(crate) use socket::{
-    UNSENT, bound_receive, failed, receive, receive_vectored, reset_on_close, send, send_vectored,
+    UNSENT, bound_receive, failed, finish_on_close, receive, receive_vectored, reset_on_close, send,
+    send_vectored,
 };
 
 /// A tunnel's memory besides its socket, its keys and its peer's certificate.

@@ -121,6 +121,11 @@ pub(crate) fn reset_on_close(socket: &TcpStream) {
     let _ = SockRef::from(socket).set_linger(Some(Duration::ZERO));
 }
 
+/// Takes [`reset_on_close`] back: what is still unsent is delivered after the close.
+pub(crate) fn finish_on_close(socket: &TcpStream) {
+    let _ = SockRef::from(socket).set_linger(None);
+}
+
 /// Bytes that may wait unsent in a socket's send buffer: beyond what the receiver's window takes, they would only let
 /// a writer run further ahead of a reader that sleeps.
 pub(crate) const UNSENT: u32 = 512 * 1024;

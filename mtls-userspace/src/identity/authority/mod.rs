@@ -15,6 +15,12 @@ pub use remote::RemoteAuthority;
 pub trait Authority: Send + Sync {
     /// One attempt. The caller repeats and limits the time; dropping the future ends the attempt.
     async fn sign(&self, id: &SpiffeId, csr: Csr, lifetime: Duration) -> Result<Issued, Error>;
+
+    /// Completes when the roots to trust have changed, so that waiting for half life would be too long. Dropping the
+    /// future loses nothing.
+    async fn roots_changed(&self) {
+        std::future::pending().await
+    }
 }
 
 /// What an authority answers.

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
@@ -28,6 +28,8 @@ use crate::identity::{Certificate, Csr, Error, InvalidCertificate, SpiffeId, pem
 
 /// Istio's port for this service, when the address names none.
 const DEFAULT_PORT: u16 = 15012;
+/// Between looks at the root file.
+const GLANCE: Duration = Duration::from_secs(1);
 
 pub struct RemoteAuthority {
     /// As the operator wrote it, for errors.
@@ -37,6 +39,8 @@ pub struct RemoteAuthority {
     server_name: ServerName<'static>,
     root_file: PathBuf,
     token_file: PathBuf,
+    /// The root file as last seen, by which a change is noticed.
+    seen: Mutex<Option<Vec<CertificateDer<'static>>>>,
 }
 
 impl RemoteAuthority {
@@ -65,6 +69,7 @@ impl RemoteAuthority {
             server_name,
             root_file,
             token_file,
+            seen: Mutex::default(),
         })
     }
 
@@ -111,6 +116,10 @@ impl RemoteAuthority {
         pem_certificates(&pem).map_err(|source| Error::RootFile { path: self.root_file.clone(), source })
     }
 
+    fn seen(&self) -> MutexGuard<'_, Option<Vec<CertificateDer<'static>>>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn bearer(&self) -> Result<MetadataValue<Ascii>, Error> {
         let unusable = || Error::Token { path: self.token_file.clone() };
         let content = read("the token file", &self.token_file).await?;
@@ -129,6 +138,8 @@ impl RemoteAuthority {
 impl Authority for RemoteAuthority {
     async fn sign(&self, id: &SpiffeId, csr: Csr, lifetime: Duration) -> Result<Issued, Error> {
         let roots = self.roots().await?;
+        // What the first certificate came with is what a change is a change of.
+        self.seen().get_or_insert_with(|| roots.clone());
         let bearer = self.bearer().await?;
         let mut client = IstioCertificateServiceClient::new(self.connect(&roots).await?);
 
@@ -147,6 +158,20 @@ impl Authority for RemoteAuthority {
             message: status.message().into(),
         })?;
         take_apart(answer.get_ref(), roots).map_err(|source| Error::Answer { id: id.clone(), source })
+    }
+
+    async fn roots_changed(&self) {
+        loop {
+            // A file that is missing or half written is no news; its next good content is.
+            if let Ok(roots) = self.roots().await {
+                let mut seen = self.seen();
+                let before = seen.replace(roots);
+                if before.is_some() && before != *seen {
+                    return;
+                }
+            }
+            tokio::time::sleep(GLANCE).await;
+        }
     }
 }
 

@@ -1,0 +1,189 @@
+//! The kernel half in memory: the object in, loaded programs and open maps out. aya is spoken here.
+//!
+//! Loading does not attach anything; see [`super::pin`].
+
+use std::hash::Hash;
+use std::os::fd::AsFd;
+
+use aya::maps::lpm_trie::LpmTrie;
+use aya::maps::{Array, HashMap, Map, MapData, MapInfo, PerCpuArray, RingBuf, SockHash};
+use aya::programs::{Program, ProgramFd};
+use aya::{Ebpf, EbpfLoader, Pod as Plain};
+use aya_log::EbpfLogger;
+use mtls_common::{Agent, Endpoint, Flow, ListenerKey, Local, ModeKey, Note, Pod, Settings, map, program};
+
+use super::error::Error;
+use super::events::{Events, Log};
+use super::pin::Pins;
+use super::preflight::Cgroup;
+use super::sys::AttachType;
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mtls-ebpf.o"));
+
+/// Maps that only control operations write; whoever holds this holds the lock on them.
+pub(super) struct Control {
+    pub agents: HashMap<MapData, u32, Agent>,
+    pub captured4: LpmTrie<MapData, u32, u32>,
+    pub captured6: LpmTrie<MapData, [u32; 4], u32>,
+    pub hello: HashMap<MapData, u64, u32>,
+    pub listeners: SockHash<MapData, ListenerKey>,
+    pub local: HashMap<MapData, [u32; 4], Local>,
+    pub modes: HashMap<MapData, ModeKey, u32>,
+    pub pod_cgroups: HashMap<MapData, u64, u32>,
+    pub pods: HashMap<MapData, u64, Pod>,
+    pub settings: Array<MapData, Settings>,
+    pub lookup: ProgramFd,
+    ebpf: Ebpf,
+}
+
+/// Maps that the data path reads without a lock.
+pub(super) struct Flows {
+    pub counters: PerCpuArray<MapData, u64>,
+    pub notes: MapData,
+    pub original: HashMap<MapData, Flow, Endpoint>,
+    pub trusted: HashMap<MapData, Flow, u64>,
+    /// A second handle on what control operations write.
+    pub local: HashMap<MapData, [u32; 4], Local>,
+}
+
+pub(super) struct Loaded {
+    pub control: Control,
+    pub flows: Flows,
+    pub events: Events,
+}
+
+/// Loads the programs against the pinned maps, making those that don't exist.
+pub(super) fn load(pins: &Pins) -> Result<Loaded, Error> {
+    if OBJECT.is_empty() {
+        return Err(Error::NoObject);
+    }
+    let mut loader = EbpfLoader::new();
+    for name in map::PINNED {
+        loader.map_pin_path(name, pins.map(name));
+    }
+    let mut ebpf = loader.load(OBJECT).map_err(|source| failed("the object and its maps", source))?;
+    // Taken first and kept: closing the log's map would make loading the programs fail.
+    let log = logger(&mut ebpf)?;
+    for (name, program) in ebpf.programs_mut() {
+        let loaded = match program {
+            Program::CgroupSockAddr(program) => program.load(),
+            Program::SockOps(program) => program.load(),
+            Program::SkLookup(program) => program.load(),
+            _ => Ok(()),
+        };
+        loaded.map_err(|source| failed(&format!("program {name}"), source))?;
+    }
+    let mut open = Open { ebpf: &mut ebpf, pins };
+    let flows = Flows {
+        counters: open.map(map::COUNTERS, size_of::<u32>(), size_of::<u64>())?,
+        notes: open.storage(map::NOTES)?,
+        original: open.hash(map::ORIGINAL)?,
+        trusted: open.hash(map::TRUSTED)?,
+        local: open.again(map::LOCAL)?,
+    };
+    let ring = open.map::<RingBuf<MapData>>(map::EVENTS, 0, 0)?;
+    let control = Control {
+        agents: open.hash(map::AGENTS)?,
+        captured4: open.map(map::CAPTURED4, 4 + size_of::<u32>(), size_of::<u32>())?,
+        captured6: open.map(map::CAPTURED6, 4 + size_of::<[u32; 4]>(), size_of::<u32>())?,
+        hello: open.hash(map::HELLO)?,
+        listeners: open.map(map::LISTENERS, size_of::<ListenerKey>(), size_of::<u32>())?,
+        local: open.hash(map::LOCAL)?,
+        modes: open.hash(map::MODES)?,
+        pod_cgroups: open.hash(map::POD_CGROUPS)?,
+        pods: open.hash(map::PODS)?,
+        settings: open.map(map::SETTINGS, size_of::<u32>(), size_of::<Settings>())?,
+        lookup: program_fd(&ebpf, program::SK_LOOKUP)?,
+        ebpf,
+    };
+    Ok(Loaded { control, flows, events: Events::new(ring, log) })
+}
+
+/// Attaches the programs at the cgroup, or puts them behind the links of an earlier agent, of its pods' lookups too.
+///
+/// sock_ops before connect, and getpeername before both: a captured connection finds everything it needs in place.
+pub(super) fn attach(control: &Control, pins: &Pins, cgroup: &Cgroup) -> Result<(), Error> {
+    for (name, attach) in [
+        (program::GETPEERNAME4, AttachType::Getpeername4),
+        (program::GETPEERNAME6, AttachType::Getpeername6),
+        (program::SOCK_OPS, AttachType::SockOps),
+        (program::CONNECT4, AttachType::Connect4),
+        (program::CONNECT6, AttachType::Connect6),
+    ] {
+        let program = program_fd(&control.ebpf, name)?;
+        pins.cgroup_link(name, program.as_fd(), attach, &cgroup.file, cgroup.id)?;
+    }
+    pins.replace_lookups(control.lookup.as_fd())
+}
+
+fn program_fd(ebpf: &Ebpf, name: &str) -> Result<ProgramFd, Error> {
+    let program = ebpf.program(name).ok_or_else(|| absent(name))?;
+    let fd = program.fd().and_then(|fd| Ok(fd.try_clone()?));
+    fd.map_err(|source| failed(&format!("program {name}"), source))
+}
+
+fn logger(ebpf: &mut Ebpf) -> Result<Log, Error> {
+    let mut logger = EbpfLogger::init(ebpf).map_err(|source| failed("the log", source))?;
+    let fd = logger.as_fd().try_clone_to_owned().map_err(|source| failed("the log", source))?;
+    Ok(Log { fd, flush: Box::new(move || logger.flush()) })
+}
+
+/// Takes maps out of the loaded object, checking that what was pinned has the shape this version expects: aya checks
+/// the object's definition, not the map that was found at the pin.
+struct Open<'a> {
+    ebpf: &'a mut Ebpf,
+    pins: &'a Pins,
+}
+
+impl Open<'_> {
+    fn hash<K: Plain + Hash, V: Plain>(
+        &mut self,
+        name: &'static str,
+    ) -> Result<HashMap<MapData, K, V>, Error> {
+        self.map(name, size_of::<K>(), size_of::<V>())
+    }
+
+    fn map<M>(&mut self, name: &'static str, key: usize, value: usize) -> Result<M, Error>
+    where
+        M: TryFrom<Map, Error = aya::maps::MapError>,
+    {
+        let map = self.ebpf.take_map(name).ok_or_else(|| absent(name))?;
+        if map::PINNED.contains(&name) {
+            self.check(name, key, value)?;
+        }
+        M::try_from(map).map_err(|source| Error::Map { map: name, what: "opening", source })
+    }
+
+    /// A map that is opened a second time, from its pin.
+    fn again<K: Plain, V: Plain>(&mut self, name: &'static str) -> Result<HashMap<MapData, K, V>, Error> {
+        self.check(name, size_of::<K>(), size_of::<V>())?;
+        let data = MapData::from_pin(self.pins.map(name));
+        let map = data.map(Map::HashMap).and_then(HashMap::try_from);
+        map.map_err(|source| Error::Map { map: name, what: "opening", source })
+    }
+
+    fn storage(&mut self, name: &'static str) -> Result<MapData, Error> {
+        self.check(name, size_of::<u32>(), size_of::<Note>())?;
+        let data = MapData::from_pin(self.pins.map(name));
+        data.map_err(|source| Error::Map { map: name, what: "opening", source })
+    }
+
+    fn check(&self, name: &'static str, key: usize, value: usize) -> Result<(), Error> {
+        let path = self.pins.map(name);
+        let info =
+            MapInfo::from_pin(&path).map_err(|source| Error::Map { map: name, what: "opening", source })?;
+        if info.key_size() as usize == key && info.value_size() as usize == value {
+            Ok(())
+        } else {
+            Err(Error::PinnedShape { path })
+        }
+    }
+}
+
+fn failed(what: &str, source: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::Load { what: what.into(), source: Box::new(source) }
+}
+
+fn absent(name: &str) -> Error {
+    failed(name, std::io::Error::from(std::io::ErrorKind::NotFound))
+}

@@ -1,0 +1,143 @@
+//! An enrolled pod on this node: sockets inside it, and what the kernel half knows of its connections.
+
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+
+use mtls_common::{Flow, Note, OUTBOUND_PORT, PLAINTEXT_PORT, TUNNEL_PORT, note};
+use socket2::{Domain, SockRef, Socket, Type};
+
+use super::address::{endpoint, socket_addr, words};
+use super::diag::{Diag, Tcp};
+use super::error::Error;
+use super::kernel::Flows;
+use super::netns::Netns;
+use super::sys;
+use crate::addr::{OriginalDst, OriginalSrc, canonical};
+
+pub struct LocalPod {
+    pub(super) name: String,
+    pub(super) netns: Netns,
+    pub(super) flows: Arc<Flows>,
+}
+
+impl LocalPod {
+    /// `namespace/name`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn netns_cookie(&self) -> u64 {
+        self.netns.cookie()
+    }
+
+    /// A non-blocking TCP socket in the pod's namespace, for dialling `to`. The calling thread visits the namespace.
+    pub fn socket(&self, to: SocketAddr) -> io::Result<Socket> {
+        let open = || Socket::new(Domain::for_address(to), Type::STREAM.nonblocking(), None);
+        let socket = self.netns.within(open)??;
+        socket.set_tcp_nodelay(true)?;
+        Ok(socket)
+    }
+
+    /// What the application dialled, by the addresses of the outbound listener's accepted socket.
+    pub fn original_destination(&self, peer: SocketAddr, local: SocketAddr) -> Result<OriginalDst, Error> {
+        let (peer, local) = (canonical(peer), canonical(local));
+        let original = self.flows.original.get(&self.flow(peer, local), 0);
+        match original {
+            Ok(original) => Ok(OriginalDst::new(socket_addr(original))),
+            Err(_) => Err(Error::NotCaptured { pod: self.name.clone(), peer }),
+        }
+    }
+
+    /// Makes the application that `socket` is about to dial see `source` as its client.
+    ///
+    /// Binds the socket to a loopback address. That tells the kernel half a delivered connection from any other, since
+    /// nothing outside the pod can come from there, and gives the pod as many deliveries at once as it likes: from the
+    /// pod's own address there would be one per ephemeral port and server port, with a minute in TIME_WAIT after each.
+    pub fn announce_source(&self, socket: &impl AsRawFd, source: OriginalSrc) -> Result<(), Error> {
+        let announce = || {
+            let peer = endpoint(source.addr());
+            sys::write_note(
+                self.flows.notes.fd().as_fd(),
+                socket.as_raw_fd(),
+                &Note { kind: note::DELIVERED, peer },
+            )?;
+            sys::bind_without_port(socket)?;
+            let borrowed = sys::borrow(socket);
+            let socket = SockRef::from(&borrowed);
+            let from = match socket.domain()? {
+                Domain::IPV4 => SocketAddr::from((loopback(rand::random()), 0)),
+                _ => SocketAddr::from((Ipv6Addr::LOCALHOST, 0)),
+            };
+            socket.bind(&from.into())
+        };
+        announce().map_err(|source| Error::Announce { pod: self.name.clone(), source })
+    }
+
+    /// Resets every open plaintext connection that came from outside the pod to a port for which `ports` is true.
+    /// Connections of the node's own (probes) stay. Returns how many there were.
+    pub fn reset_plaintext(&self, ports: &dyn Fn(u16) -> bool) -> Result<usize, Error> {
+        let failed = |what| move |source| Error::Diag { pod: self.name.clone(), what, source };
+        let diag = self.netns.within(Diag::open).and_then(|diag| diag).map_err(failed("opening"))?;
+        // A connection whose local port is not one that something listens on was dialled by the pod.
+        let served = diag.listening_ports().map_err(failed("listing listeners"))?;
+        let mut reset = 0;
+        for socket in diag.connected().map_err(failed("listing connections"))? {
+            let port = socket.local.port();
+            if served.contains(&port) && ports(port) && self.is_plaintext(&socket) {
+                let ended =
+                    diag.destroy(&socket).map_err(failed("SOCK_DESTROY (needs CONFIG_INET_DIAG_DESTROY)"))?;
+                reset += usize::from(ended);
+            }
+        }
+        Ok(reset)
+    }
+
+    fn is_plaintext(&self, socket: &Tcp) -> bool {
+        let (local, remote) = (socket.local, socket.remote);
+        let is_ours = matches!(local.port(), OUTBOUND_PORT | PLAINTEXT_PORT | TUNNEL_PORT);
+        let is_own = local.ip() == remote.ip() || remote.ip().is_loopback() || self.owns(remote);
+        let is_trusted = || {
+            let flow = Flow { netns: 0, ..self.flow(remote, local) };
+            self.flows.trusted.get(&flow, 0).is_ok()
+        };
+        !is_ours && !is_own && !is_trusted()
+    }
+
+    fn owns(&self, addr: SocketAddr) -> bool {
+        self.flows.local.get(&words(addr.ip()), 0).is_ok_and(|local| local.netns == self.netns_cookie())
+    }
+
+    fn flow(&self, client: SocketAddr, server: SocketAddr) -> Flow {
+        Flow {
+            netns: self.netns_cookie(),
+            client_addr_be: words(client.ip()),
+            server_addr_be: words(server.ip()),
+            client_port: client.port(),
+            server_port: server.port(),
+            pad: 0,
+        }
+    }
+}
+
+/// 127.128.0.1 to 127.254.255.255: apart from those that captured connections dial.
+fn loopback(random: u32) -> Ipv4Addr {
+    Ipv4Addr::from(0x7f80_0001 | random & 0x007e_ffff)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn deliveries_come_from_loopback(random: u32) {
+            let from = loopback(random);
+            prop_assert!(from.is_loopback() && from.octets()[1] >= 128);
+            prop_assert!(from != Ipv4Addr::new(127, 255, 255, 255));
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! Configuration: flags and a YAML file in, one validated [`Config`] out.
+//!
+//! The same struct is read from both, so that every flag is also a key of the file; flags win. All mistakes are
+//! reported at once, each with the flag's name and the remedy.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use ipnet::IpNet;
+use serde::Deserialize;
+
+use crate::identity::TrustDomain;
+use crate::observe::AccessLog;
+
+/// What `mtls node` was told, before validation.
+#[derive(clap::Args, Deserialize, Default, Debug)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Options {
+    /// YAML file with the same keys as these flags; flags win
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    config: Option<PathBuf>,
+    /// Name of this node, as in the pods' `spec.nodeName`
+    #[arg(long)]
+    node: Option<String>,
+    /// Directory of Kubernetes manifests that describe the mesh; changes are picked up as they happen
+    #[arg(long, value_name = "DIR")]
+    manifests: Option<PathBuf>,
+    /// Certificate authority, for example https://10.0.0.1:15012
+    #[arg(long, value_name = "URL")]
+    ca_address: Option<String>,
+    /// Roots that the authority's own certificate must lead to (PEM)
+    #[arg(long, value_name = "FILE")]
+    ca_root: Option<PathBuf>,
+    /// File with the token that proves this node to the authority
+    #[arg(long, value_name = "FILE")]
+    ca_token_file: Option<PathBuf>,
+    /// Trust domain of every identity [default: cluster.local]
+    #[arg(long)]
+    trust_domain: Option<String>,
+    /// Namespace whose selector-less policies hold for the whole mesh [default: istio-system]
+    #[arg(long)]
+    root_namespace: Option<String>,
+    /// Lifetime asked for workload certificates, in seconds [default: 86400]
+    #[arg(long, value_name = "SECONDS")]
+    certificate_lifetime: Option<u64>,
+    /// cgroup2 directory above every pod of this node [default: the cgroup2 mount]
+    #[arg(long, value_name = "DIR")]
+    cgroup_root: Option<PathBuf>,
+    /// Directory on a bpffs where links and maps outlive this process [default: /sys/fs/bpf/mtls]
+    #[arg(long, value_name = "DIR")]
+    bpffs: Option<PathBuf>,
+    /// Address for /metrics and /healthz [default: 127.0.0.1:15020]
+    #[arg(long, value_name = "ADDR")]
+    admin: Option<SocketAddr>,
+    /// Unix socket for `mtls status` and its kin [default: /run/mtls/admin.sock]
+    #[arg(long, value_name = "PATH")]
+    admin_socket: Option<PathBuf>,
+    /// Capture connections to these networks [default: exactly the addresses of enrolled pods and services]
+    #[arg(long, value_name = "CIDR")]
+    mesh_prefix: Vec<IpNet>,
+    /// What happens between two pods of this node [default: relay]
+    #[arg(long)]
+    same_node: Option<SameNode>,
+    /// Data threads [default: one per core, at most 8]
+    #[arg(long)]
+    workers: Option<usize>,
+    /// Access log, one line per connection end, on standard output [default: text]
+    #[arg(long)]
+    access_log: Option<AccessLog>,
+    /// Seconds that open connections get to finish after SIGTERM [default: 30]
+    #[arg(long, value_name = "SECONDS")]
+    drain: Option<u64>,
+    /// Congestion control of the pods' loopback legs; `host` leaves it alone [default: cubic, else reno]
+    #[arg(long, value_name = "NAME")]
+    loopback_congestion: Option<String>,
+}
+
+/// Same-node connections: the same checks either way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SameNode {
+    /// From loopback to loopback through the agent, without TLS: nothing crosses a veth or bridge
+    #[default]
+    Relay,
+    /// Through a TLS tunnel, as between nodes
+    Encrypt,
+}
+
+/// What `mtls node` runs with.
+#[derive(Debug)]
+pub struct Config {
+    pub node: Arc<str>,
+    pub manifests: PathBuf,
+    pub ca_address: String,
+    pub ca_root: PathBuf,
+    pub ca_token_file: PathBuf,
+    pub trust_domain: TrustDomain,
+    pub root_namespace: Arc<str>,
+    pub certificate_lifetime: Duration,
+    pub cgroup_root: Option<PathBuf>,
+    pub bpffs: PathBuf,
+    pub admin: SocketAddr,
+    pub admin_socket: PathBuf,
+    /// Empty: exactly the addresses in the mesh.
+    pub mesh_prefixes: Vec<IpNet>,
+    pub same_node: SameNode,
+    pub workers: usize,
+    pub access_log: AccessLog,
+    pub drain: Duration,
+    /// Congestion control on the legs that never leave a pod, where a paced one (BBR) costs a third of the throughput.
+    /// Absent: cubic, else reno. Empty: the host's choice.
+    pub loopback_congestion: Option<String>,
+}
+
+/// Everything wrong with a configuration, together.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("cannot read configuration file {path}: {source}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("configuration file {path}: {message}; the keys are the flags of `mtls node --help`")]
+    Parse { path: PathBuf, message: String },
+    #[error("{0}")]
+    Invalid(Mistakes),
+}
+
+/// A list of independent mistakes.
+#[derive(Debug, Default)]
+pub struct Mistakes(Vec<String>);
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join("; "))
+    }
+}
+
+impl Options {
+    /// Merges the file under the flags and validates the result.
+    pub fn validate(self) -> Result<Config, Error> {
+        let options = match &self.config {
+            Some(path) => {
+                let file = Self::read(path)?;
+                self.over(file)
+            }
+            None => self,
+        };
+        let mut mistakes = Mistakes::default();
+        let node = mistakes.required("node", options.node);
+        let manifests = mistakes.required("manifests", options.manifests);
+        let ca_address = mistakes.required("ca-address", options.ca_address);
+        let ca_root = mistakes.required("ca-root", options.ca_root);
+        let ca_token_file = mistakes.required("ca-token-file", options.ca_token_file);
+        if ca_address.as_ref().is_some_and(|a| !a.starts_with("https://")) {
+            mistakes.0.push(
+                "--ca-address must start with https://: certificates are never asked for in the clear".into(),
+            );
+        }
+        let trust_domain = options.trust_domain.as_deref().unwrap_or("cluster.local").parse::<TrustDomain>();
+        if let Err(error) = &trust_domain {
+            mistakes.0.push(format!("--trust-domain: {error}"));
+        }
+        let workers = options.workers.unwrap_or_else(default_workers);
+        if !(1..=MAX_WORKERS).contains(&workers) {
+            mistakes.0.push(format!("--workers must be between 1 and {MAX_WORKERS}"));
+        }
+        let certificate_lifetime = options.certificate_lifetime.unwrap_or(24 * 3600);
+        if certificate_lifetime == 0 {
+            mistakes.0.push("--certificate-lifetime must be at least 1".into());
+        }
+        let (
+            Some(node),
+            Some(manifests),
+            Some(ca_address),
+            Some(ca_root),
+            Some(ca_token_file),
+            Ok(trust_domain),
+            true,
+        ) = (node, manifests, ca_address, ca_root, ca_token_file, trust_domain, mistakes.0.is_empty())
+        else {
+            return Err(Error::Invalid(mistakes));
+        };
+        Ok(Config {
+            node: node.into(),
+            manifests,
+            ca_address,
+            ca_root,
+            ca_token_file,
+            trust_domain,
+            root_namespace: options.root_namespace.as_deref().unwrap_or("istio-system").into(),
+            certificate_lifetime: Duration::from_secs(certificate_lifetime),
+            cgroup_root: options.cgroup_root,
+            bpffs: options.bpffs.unwrap_or_else(|| "/sys/fs/bpf/mtls".into()),
+            admin: options.admin.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 15020))),
+            admin_socket: options.admin_socket.unwrap_or_else(|| "/run/mtls/admin.sock".into()),
+            mesh_prefixes: options.mesh_prefix,
+            same_node: options.same_node.unwrap_or_default(),
+            workers,
+            access_log: options.access_log.unwrap_or(AccessLog::Text),
+            drain: Duration::from_secs(options.drain.unwrap_or(30)),
+            loopback_congestion: options
+                .loopback_congestion
+                .map(|name| if name == "host" { String::new() } else { name }),
+        })
+    }
+
+    fn read(path: &Path) -> Result<Self, Error> {
+        let text =
+            std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.into(), source })?;
+        serde_path_to_error::deserialize(serde_yaml_ng::Deserializer::from_str(&text))
+            .map_err(|error| Error::Parse { path: path.into(), message: error.to_string() })
+    }
+
+    fn over(self, file: Self) -> Self {
+        Self {
+            config: self.config,
+            node: self.node.or(file.node),
+            manifests: self.manifests.or(file.manifests),
+            ca_address: self.ca_address.or(file.ca_address),
+            ca_root: self.ca_root.or(file.ca_root),
+            ca_token_file: self.ca_token_file.or(file.ca_token_file),
+            trust_domain: self.trust_domain.or(file.trust_domain),
+            root_namespace: self.root_namespace.or(file.root_namespace),
+            certificate_lifetime: self.certificate_lifetime.or(file.certificate_lifetime),
+            cgroup_root: self.cgroup_root.or(file.cgroup_root),
+            bpffs: self.bpffs.or(file.bpffs),
+            admin: self.admin.or(file.admin),
+            admin_socket: self.admin_socket.or(file.admin_socket),
+            mesh_prefix: if self.mesh_prefix.is_empty() { file.mesh_prefix } else { self.mesh_prefix },
+            same_node: self.same_node.or(file.same_node),
+            workers: self.workers.or(file.workers),
+            access_log: self.access_log.or(file.access_log),
+            drain: self.drain.or(file.drain),
+            loopback_congestion: self.loopback_congestion.or(file.loopback_congestion),
+        }
+    }
+}
+
+impl Mistakes {
+    fn required<T>(&mut self, flag: &str, value: Option<T>) -> Option<T> {
+        if value.is_none() {
+            self.0.push(format!("--{flag} is missing"));
+        }
+        value
+    }
+}
+
+const MAX_WORKERS: usize = 64;
+
+fn default_workers() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn complete() -> Options {
+        Options {
+            node: Some("a".into()),
+            manifests: Some("/m".into()),
+            ca_address: Some("https://10.0.0.1:15012".into()),
+            ca_root: Some("/r".into()),
+            ca_token_file: Some("/t".into()),
+            ..Options::default()
+        }
+    }
+
+    #[test]
+    fn all_mistakes_are_reported_at_once() {
+        let error = Options { workers: Some(0), ..Options::default() }.validate().unwrap_err().to_string();
+        for expected in
+            ["--node is missing", "--manifests is missing", "--ca-root is missing", "--workers must be"]
+        {
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_complete_configuration_gets_the_documented_defaults() {
+        let config = complete().validate().unwrap();
+        assert_eq!(config.same_node, SameNode::Relay);
+        assert_eq!(config.certificate_lifetime, Duration::from_secs(86_400));
+        assert_eq!(config.admin.to_string(), "127.0.0.1:15020");
+    }
+
+    #[test]
+    fn certificates_are_never_asked_for_in_the_clear() {
+        let error = Options { ca_address: Some("http://ca:1".into()), ..complete() }.validate().unwrap_err();
+        assert!(error.to_string().contains("https://"), "{error}");
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_unknown_keys_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("node.yaml");
+        std::fs::write(&path, "node: from-file\nsame-node: encrypt\nmesh-prefix: [10.0.0.0/8]\n").unwrap();
+        let config = Options { config: Some(path.clone()), ..complete() }.validate().unwrap();
+        assert_eq!(&*config.node, "a");
+        assert_eq!(config.same_node, SameNode::Encrypt);
+        assert_eq!(config.mesh_prefixes.len(), 1);
+
+        std::fs::write(&path, "same-nod: encrypt\n").unwrap();
+        let error = Options { config: Some(path), ..complete() }.validate().unwrap_err().to_string();
+        assert!(error.contains("same-nod") && error.contains("node.yaml"), "{error}");
+    }
+}

@@ -1,0 +1,374 @@
+//! One connection, top to bottom. The file to read first.
+//!
+//! ```text
+//! outbound:   capture ─► mesh (who is the destination) ─► tunnel ─► relay
+//! inbound:    capture ─► tunnel (who is calling) ─► policy ─► relay
+//! plaintext:  capture ─► policy ─► relay
+//! ```
+//!
+//! Each function here is a task on one data worker. An error anywhere ends the connection with a reset to the
+//! application and one line in the access log; no path falls back to plaintext.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::net::{TcpSocket, TcpStream};
+
+use crate::addr::{OriginalDst, OriginalSrc, canonical};
+use crate::capture;
+use crate::drain::Working;
+use crate::mesh::{Destination, Mesh, Workload};
+use crate::observe::{Connection, Direction, Flow, Party, Path, Refusal};
+use crate::outcome;
+use crate::policy::{Authorized, Peer, Request};
+use crate::relay::{self, End, Report};
+use crate::tunnel;
+use crate::worker::{Pod, Worker};
+
+/// A TCP handshake with an application or a peer agent that takes longer has failed.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// An enrolled application dialled something in the mesh.
+pub async fn outbound(worker: Arc<Worker>, pod: Arc<Pod>, app: TcpStream) {
+    let captured = match Captured::identify(&worker, &pod, &app) {
+        Ok(captured) => captured,
+        Err(error) => {
+            // Somebody inside the pod dialled the listener itself: there is nowhere to send this.
+            tracing::debug!(pod = pod.socket.name(), %error, "not a captured connection");
+            return reset(app);
+        }
+    };
+    let mesh = worker.mesh.current();
+    match mesh.resolve(captured.destination, &worker.node) {
+        Destination::Nowhere { service } => {
+            let flow = captured.flow(
+                Path::Passthrough,
+                Party::default(),
+                captured.destination.addr(),
+                Some(service),
+            );
+            worker.observer.refused(flow, Refusal::NoEndpoint);
+            reset(app);
+        }
+        Destination::Plain { workload, address, service } => {
+            let destination = Party { workload, identity: None };
+            let flow = captured.flow(Path::Passthrough, destination, address, service);
+            pass_through(&worker, &pod, app, flow).await;
+        }
+        Destination::Workload { workload, address, service } => match worker.neighbour(&workload) {
+            Some(neighbour) => same_node(&worker, &mesh, captured, app, neighbour, address, service).await,
+            None => through_tunnel(&worker, &pod, captured, app, workload, address, service).await,
+        },
+    }
+}
+
+/// The destination is not ours to protect: plain TCP from the pod's own namespace, counted as such.
+async fn pass_through(worker: &Worker, pod: &Pod, app: TcpStream, flow: Flow) {
+    match dial(pod, flow.address).await {
+        Ok(far) => {
+            let open = worker.observer.open(flow);
+            finish(open, async |open| relay::plain(&app, &far, open.progress(), stopped(open)).await).await;
+        }
+        Err(error) => refuse(worker, app, flow, outcome::unreachable(&error)),
+    }
+}
+
+/// Both ends live on this node: the kernel says who is calling, policy judges as it would for a tunnel, and the
+/// bytes go from loopback to loopback.
+async fn same_node(
+    worker: &Worker,
+    mesh: &Mesh,
+    captured: Captured,
+    app: TcpStream,
+    neighbour: Arc<Pod>,
+    address: SocketAddr,
+    service: Option<Arc<str>>,
+) {
+    let workload = neighbour.workload.load_full();
+    let destination = Party { identity: Some(workload.identity.clone()), workload: Some(workload.clone()) };
+    let flow = captured.flow(Path::SameNode, destination, address, service);
+    let request = Request {
+        destination: &workload,
+        address,
+        source_ip: captured.source.ip(),
+        peer: Peer::Verified(&captured.workload.identity),
+    };
+    let permit = match mesh.policies.authorize(&request) {
+        Ok(permit) => permit,
+        Err(denied) => return refuse(worker, app, flow, Refusal::Denied(denied)),
+    };
+    match deliver(worker, &neighbour, address, captured.source, permit).await {
+        Ok(far) => {
+            let open = worker.observer.open(flow);
+            finish(open, async |open| relay::plain(&app, &far, open.progress(), stopped(open)).await).await;
+        }
+        Err(error) => refuse(worker, app, flow, outcome::unreachable(&error)),
+    }
+}
+
+/// The destination lives elsewhere: mutual TLS to the agent there, from this pod's own namespace and address.
+async fn through_tunnel(
+    worker: &Worker,
+    pod: &Pod,
+    captured: Captured,
+    app: TcpStream,
+    workload: Arc<Workload>,
+    address: SocketAddr,
+    service: Option<Arc<str>>,
+) {
+    let expected = workload.identity.clone();
+    let destination = Party { workload: Some(workload), identity: Some(expected.clone()) };
+    let mut flow = captured.flow(Path::Tunnel, destination, address, service);
+    let Some(identity) = worker.identities.current(&captured.workload.identity) else {
+        return refuse(worker, app, flow, Refusal::NoCertificate);
+    };
+    let target = tunnel::Target {
+        identity: &identity,
+        expected: &expected,
+        address: SocketAddr::new(address.ip(), capture::TUNNEL_PORT),
+        open: tunnel::Open::new(address, captured.source),
+    };
+    let tunnel_port = target.address;
+    let dial = || pod.socket.socket(tunnel_port);
+    match worker.connector.open(target, dial).await {
+        Ok(mut stream) => {
+            flow.cipher = stream.cipher().suite().as_str();
+            worker.count_tunnel(Direction::Outbound, stream.reused(), stream.resumed());
+            let open = worker.observer.open(flow);
+            finish(open, async |open| {
+                relay::tunnelled(&app, &mut stream, open.progress(), stopped(open)).await
+            })
+            .await;
+        }
+        Err(error) => {
+            if let Some(failure) = outcome::failed_handshake(&error) {
+                worker.observer.handshake_failed(Direction::Outbound, failure);
+            }
+            tracing::info!(pod = pod.socket.name(), %address, %error, "no tunnel");
+            refuse(worker, app, flow, outcome::no_tunnel(&error));
+        }
+    }
+}
+
+/// A peer agent dialled an enrolled pod's tunnel port. One tunnel carries one connection after another.
+pub async fn inbound(worker: Arc<Worker>, pod: Arc<Pod>, mut working: Working, peer: TcpStream) {
+    let Ok(from) = peer.peer_addr().map(canonical) else { return };
+    let workload = pod.workload.load_full();
+    let Some(identity) = worker.identities.current(&workload.identity) else {
+        tracing::warn!(pod = pod.socket.name(), %from, "tunnel refused: no certificate for this pod yet");
+        return reset(peer);
+    };
+    let mut tunnel = match worker.acceptor.accept(peer, &identity).await {
+        Ok(tunnel) => tunnel,
+        Err(error) => {
+            tracing::info!(pod = pod.socket.name(), %from, %error, "tunnel refused");
+            if let Some(failure) = outcome::failed_handshake(&error) {
+                worker.observer.handshake_failed(Direction::Inbound, failure);
+            }
+            return;
+        }
+    };
+    let mut reused = false;
+    let resumed = tunnel.resumed();
+    loop {
+        let next = tokio::select! {
+            next = tunnel.next() => next,
+            () = working.stopping() => return tunnel.close(),
+        };
+        match next {
+            Ok(Some(request)) => {
+                worker.count_tunnel(Direction::Inbound, std::mem::replace(&mut reused, true), resumed);
+                if !inbound_stream(&worker, &pod, from, request).await {
+                    return;
+                }
+            }
+            Ok(None) => return,
+            Err(error) => {
+                tracing::info!(pod = pod.socket.name(), %from, %error, "tunnel ended");
+                return;
+            }
+        }
+    }
+}
+
+/// One connection out of a tunnel: authorize, deliver, relay. False when the tunnel can't carry another.
+async fn inbound_stream(worker: &Worker, pod: &Pod, from: SocketAddr, request: tunnel::Request<'_>) -> bool {
+    let mesh = worker.mesh.current();
+    let workload = pod.workload.load_full();
+    let open = request.open();
+    let (source, address) = (open.source, open.destination);
+    let flow = Flow {
+        direction: Direction::Inbound,
+        path: Path::Tunnel,
+        source: Party {
+            workload: mesh.workload(source.ip()).cloned(),
+            identity: Some(request.peer().clone()),
+        },
+        destination: Party { identity: Some(workload.identity.clone()), workload: Some(workload.clone()) },
+        original_dst: None,
+        address,
+        original_src: source,
+        service: None,
+        cipher: request.cipher().suite().as_str(),
+    };
+    let delivered = match judge(&mesh, &flow, &workload, from) {
+        Ok(permit) => {
+            deliver(worker, pod, address, source, permit).await.map_err(|e| outcome::unreachable(&e))
+        }
+        Err(refusal) => Err(refusal),
+    };
+    match delivered {
+        Ok(app) => {
+            let (_, stream) = request.accept();
+            let open = worker.observer.open(flow);
+            finish(open, async |open| relay::tunnelled(&app, stream, open.progress(), stopped(open)).await)
+                .await
+        }
+        Err(refusal) => {
+            let rejection = outcome::rejection(&refusal);
+            worker.observer.refused(flow, refusal);
+            request.reject(&rejection).await.is_ok()
+        }
+    }
+}
+
+/// Whether a peer whose identity is proven may have what it asks for.
+fn judge(mesh: &Mesh, flow: &Flow, workload: &Workload, from: SocketAddr) -> Result<Authorized, Refusal> {
+    let (Some(peer), source) = (&flow.source.identity, flow.original_src) else {
+        return Err(Refusal::NoCertificate);
+    };
+    if !workload.addresses.contains(&flow.address.ip()) {
+        return Err(Refusal::WrongPod);
+    }
+    // The identity is proven, the address only claimed: it must be the tunnel's own or one of that identity's pods.
+    let claimed = flow.source.workload.as_ref().is_some_and(|workload| workload.identity == *peer);
+    if source.ip() != from.ip() && !claimed {
+        return Err(Refusal::ForgedSource);
+    }
+    let request = Request {
+        destination: workload,
+        address: flow.address,
+        source_ip: source.ip(),
+        peer: Peer::Verified(peer),
+    };
+    mesh.policies.authorize(&request).map_err(Refusal::Denied)
+}
+
+/// Plaintext from outside the mesh that policy must judge before the application sees it.
+pub async fn plaintext(worker: Arc<Worker>, pod: Arc<Pod>, client: TcpStream) {
+    let (Ok(from), Ok(to)) = (client.peer_addr().map(canonical), client.local_addr().map(canonical)) else {
+        return;
+    };
+    let mesh = worker.mesh.current();
+    let workload = pod.workload.load_full();
+    let flow = Flow {
+        direction: Direction::Inbound,
+        path: Path::Plaintext,
+        source: Party { workload: mesh.workload(from.ip()).cloned(), identity: None },
+        destination: Party { identity: Some(workload.identity.clone()), workload: Some(workload.clone()) },
+        original_dst: None,
+        address: to,
+        original_src: OriginalSrc::new(from),
+        service: None,
+        cipher: None,
+    };
+    let request =
+        Request { destination: &workload, address: to, source_ip: from.ip(), peer: Peer::Plaintext };
+    let permit = match mesh.policies.authorize(&request) {
+        Ok(permit) => permit,
+        Err(denied) => return refuse(&worker, client, flow, Refusal::Denied(denied)),
+    };
+    match deliver(&worker, &pod, to, flow.original_src, permit).await {
+        Ok(app) => {
+            let open = worker.observer.open(flow);
+            finish(open, async |open| relay::plain(&client, &app, open.progress(), stopped(open)).await)
+                .await;
+        }
+        Err(error) => refuse(&worker, client, flow, outcome::unreachable(&error)),
+    }
+}
+
+/// A connection the kernel half redirected, with what it recorded about it.
+struct Captured {
+    workload: Arc<Workload>,
+    source: OriginalSrc,
+    destination: OriginalDst,
+}
+
+impl Captured {
+    fn identify(worker: &Worker, pod: &Pod, app: &TcpStream) -> Result<Self, capture::Error> {
+        let peer = app.peer_addr().map_err(capture::Error::from)?;
+        let local = app.local_addr().map_err(capture::Error::from)?;
+        let destination = pod.socket.original_destination(peer, local)?;
+        capture::loopback_leg(app, worker.congestion.as_deref());
+        Ok(Self { workload: pod.workload.load_full(), source: OriginalSrc::new(peer), destination })
+    }
+
+    fn flow(&self, path: Path, destination: Party, address: SocketAddr, service: Option<Arc<str>>) -> Flow {
+        Flow {
+            direction: Direction::Outbound,
+            path,
+            source: Party {
+                identity: Some(self.workload.identity.clone()),
+                workload: Some(self.workload.clone()),
+            },
+            destination,
+            original_dst: Some(self.destination),
+            address,
+            original_src: self.source,
+            service,
+            cipher: None,
+        }
+    }
+}
+
+/// Dials the application inside its pod, which will see `source` as its client. Takes the permit by value: what
+/// policy did not let through cannot be delivered.
+async fn deliver(
+    worker: &Worker,
+    pod: &Pod,
+    address: SocketAddr,
+    source: OriginalSrc,
+    _permit: Authorized,
+) -> io::Result<TcpStream> {
+    let socket = pod.socket.socket(address)?;
+    pod.socket.announce_source(&socket, source).map_err(io::Error::other)?;
+    capture::loopback_leg(&socket, worker.congestion.as_deref());
+    connect(socket, address).await
+}
+
+/// Dials a plain destination from inside the pod.
+async fn dial(pod: &Pod, address: SocketAddr) -> io::Result<TcpStream> {
+    connect(pod.socket.socket(address)?, address).await
+}
+
+async fn connect(socket: socket2::Socket, address: SocketAddr) -> io::Result<TcpStream> {
+    let connecting = TcpSocket::from_std_stream(socket.into()).connect(address);
+    tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| io::ErrorKind::TimedOut)?
+}
+
+/// Runs the relay and writes the connection's one line. True if both directions ended cleanly.
+async fn finish(open: Connection, relay: impl AsyncFnOnce(&Connection) -> Report) -> bool {
+    let report = relay(&open).await;
+    let clean = matches!(report.end, End::Clean | End::Rejected(_));
+    let ending = outcome::ending(report.end, open.flow(), open.stop_reason());
+    open.close(ending);
+    clean
+}
+
+/// Resolves when policy no longer allows the connection.
+async fn stopped(open: &Connection) {
+    open.stopped().await;
+}
+
+fn refuse(worker: &Worker, app: TcpStream, flow: Flow, refusal: Refusal) {
+    worker.observer.refused(flow, refusal);
+    reset(app);
+}
+
+/// Closes with RST: the application learns of a refusal as an error, never as a clean end of stream.
+fn reset(app: TcpStream) {
+    let _ = socket2::SockRef::from(&app).set_linger(Some(Duration::ZERO));
+}

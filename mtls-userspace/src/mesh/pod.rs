@@ -1,0 +1,236 @@
+//! Pods: manifests in, [`Workload`]s out. Decides who is enrolled and which pod owns an address.
+
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::jiff::Timestamp;
+
+use super::error::{Error, InvalidAddress};
+use super::objects::{Objects, Placed, called, namespace};
+use super::{Settings, Warning, Workload};
+use crate::identity::SpiffeId;
+
+/// Namespace and pod label that enrols: `ambient`. On a pod, `none` opts out.
+const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
+const NETNS: &str = "mtls.dev/netns";
+const CGROUP: &str = "mtls.dev/cgroup";
+
+/// A pod that is in the mesh's view, with what only building the mesh needs.
+pub(super) struct LivePod<'a> {
+    pub workload: Arc<Workload>,
+    pub pod: &'a Pod,
+    /// Its addresses are the node's, and say nothing about who owns a connection.
+    pub host_network: bool,
+}
+
+pub(super) fn live_pods<'a>(
+    objects: &'a Objects,
+    settings: &Settings,
+    warnings: &mut Vec<Warning>,
+) -> Result<Vec<LivePod<'a>>, Error> {
+    let enrolling: HashSet<&str> = objects
+        .namespaces
+        .iter()
+        .map(|placed| &placed.object.metadata)
+        .filter(|m| m.labels.as_ref().and_then(|l| l.get(DATAPLANE_MODE)).is_some_and(|v| v == "ambient"))
+        .filter_map(|metadata| metadata.name.as_deref())
+        .collect();
+
+    let mut candidates = Vec::new();
+    for placed in objects.pods.iter().filter(|placed| !is_finished(&placed.object)) {
+        let addresses = addresses(placed)?;
+        // A pod gets its address after it is scheduled; until then nobody can reach it.
+        if !addresses.is_empty() {
+            candidates.push((placed, addresses));
+        }
+    }
+    settle_claims(&mut candidates, warnings)?;
+    candidates
+        .into_iter()
+        .filter(|(_, addresses)| !addresses.is_empty())
+        .map(|(placed, addresses)| {
+            let enrolled_namespace = enrolling.contains(namespace(&placed.object.metadata));
+            let workload = Arc::new(workload(placed, addresses, enrolled_namespace, settings)?);
+            Ok(LivePod { workload, pod: &placed.object, host_network: host_network(&placed.object) })
+        })
+        .collect()
+}
+
+/// Kubernetes may give the address of a finished pod to another one.
+fn is_finished(pod: &Pod) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    matches!(phase, Some("Succeeded" | "Failed"))
+}
+
+fn host_network(pod: &Pod) -> bool {
+    pod.spec.as_ref().and_then(|spec| spec.host_network).unwrap_or(false)
+}
+
+fn addresses(placed: &Placed<Pod>) -> Result<Vec<IpAddr>, Error> {
+    let Some(status) = &placed.object.status else { return Ok(Vec::new()) };
+    let listed = status.pod_ips.iter().flatten().map(|pod_ip| ("status.podIPs", &pod_ip.ip));
+    let mut addresses = Vec::new();
+    for (field, text) in status.pod_ip.iter().map(|ip| ("status.podIP", ip)).chain(listed) {
+        let address = parse_address(text).map_err(|problem| Error::Address {
+            place: placed.place.clone(),
+            object: called("Pod", &placed.object.metadata),
+            field,
+            problem,
+        })?;
+        if !addresses.contains(&address) {
+            addresses.push(address);
+        }
+    }
+    Ok(addresses)
+}
+
+pub(super) fn parse_address(text: &str) -> Result<IpAddr, InvalidAddress> {
+    let address: Result<IpAddr, _> = text.parse();
+    address.map(|a| a.to_canonical()).map_err(|_| InvalidAddress::NotAnAddress { text: text.to_owned() })
+}
+
+/// Gives each address to one pod, the newest that claims it. A wrong owner would be a wrong identity, so without a
+/// way to tell the claim is an error.
+fn settle_claims(
+    candidates: &mut [(&Placed<Pod>, Vec<IpAddr>)],
+    warnings: &mut Vec<Warning>,
+) -> Result<(), Error> {
+    let mut owners: HashMap<IpAddr, usize> = HashMap::new();
+    let mut lost: Vec<(usize, IpAddr)> = Vec::new();
+    for (at, (placed, addresses)) in candidates.iter().enumerate() {
+        if host_network(&placed.object) {
+            continue;
+        }
+        for address in addresses {
+            let mut owner = match owners.entry(*address) {
+                Entry::Vacant(vacant) => {
+                    vacant.insert(at);
+                    continue;
+                }
+                Entry::Occupied(owner) => owner,
+            };
+            let Some((other, _)) = candidates.get(*owner.get()) else { continue };
+            let name = |placed: &Placed<Pod>| super::key(&placed.object.metadata);
+            let loser = match created(&placed.object).cmp(&created(&other.object)) {
+                std::cmp::Ordering::Greater => owner.insert(at),
+                std::cmp::Ordering::Less => at,
+                std::cmp::Ordering::Equal => {
+                    return Err(Error::ClaimedAddress {
+                        address: *address,
+                        first: name(other).into(),
+                        first_place: other.place.clone(),
+                        second: name(placed).into(),
+                        second_place: placed.place.clone(),
+                    });
+                }
+            };
+            let (newer, older) = if loser == at { (other, placed) } else { (placed, other) };
+            lost.push((loser, *address));
+            warnings.push(Warning::ClaimedAddress {
+                address: *address,
+                newer: name(newer),
+                older: name(older),
+            });
+        }
+    }
+    for (loser, address) in lost {
+        if let Some((_, addresses)) = candidates.get_mut(loser) {
+            addresses.retain(|a| *a != address);
+        }
+    }
+    Ok(())
+}
+
+fn created(pod: &Pod) -> Option<Timestamp> {
+    pod.metadata.creation_timestamp.as_ref().map(|time| time.0)
+}
+
+fn workload(
+    placed: &Placed<Pod>,
+    addresses: Vec<IpAddr>,
+    enrolled_namespace: bool,
+    settings: &Settings,
+) -> Result<Workload, Error> {
+    let metadata = &placed.object.metadata;
+    let spec = placed.object.spec.as_ref();
+    let service_account = named(spec.and_then(|s| s.service_account_name.as_ref()))
+        .or_else(|| named(spec.and_then(|s| s.service_account.as_ref())))
+        .unwrap_or("default");
+    let identity =
+        SpiffeId::new(&settings.trust_domain, namespace(metadata), service_account).map_err(|problem| {
+            Error::Identity { place: placed.place.clone(), object: called("Pod", metadata), problem }
+        })?;
+    let labels = metadata.labels.clone().unwrap_or_default();
+    let mode = labels.get(DATAPLANE_MODE).map(String::as_str);
+    let enrolled = mode != Some("none")
+        && (mode == Some("ambient") || enrolled_namespace)
+        && !host_network(&placed.object);
+    let name: Arc<str> = named(metadata.name.as_ref()).unwrap_or_default().into();
+    let app = labels.get("app").or_else(|| labels.get("app.kubernetes.io/name"));
+    Ok(Workload {
+        namespace: identity.namespace().clone(),
+        service_account: identity.service_account().clone(),
+        app: app.map_or_else(|| name.clone(), |app| app.as_str().into()),
+        name,
+        node: named(spec.and_then(|s| s.node_name.as_ref())).map(Arc::from),
+        addresses,
+        labels,
+        enrolled,
+        identity,
+        ports: ports(placed)?,
+        netns: path(placed, NETNS)?,
+        cgroup: path(placed, CGROUP)?,
+    })
+}
+
+fn named(name: Option<&String>) -> Option<&str> {
+    name.filter(|name| !name.is_empty()).map(String::as_str)
+}
+
+type NamedPort = (Option<Arc<str>>, u16);
+
+fn ports(placed: &Placed<Pod>) -> Result<Vec<NamedPort>, Error> {
+    let spec = placed.object.spec.as_ref();
+    // Of the init containers only sidecars serve while the pod runs.
+    let sidecar = |c: &&Container| c.restart_policy.as_deref() == Some("Always");
+    let sidecars = spec.and_then(|s| s.init_containers.as_ref()).into_iter().flatten().filter(sidecar);
+    spec.iter()
+        .flat_map(|s| &s.containers)
+        .chain(sidecars)
+        .flat_map(|container| container.ports.iter().flatten())
+        .filter(|port| port.protocol.as_deref().unwrap_or("TCP") == "TCP")
+        .map(|port| {
+            let number = parse_port(port.container_port.into()).map_err(|problem| Error::Address {
+                place: placed.place.clone(),
+                object: called("Pod", &placed.object.metadata),
+                field: "spec.containers.ports.containerPort",
+                problem,
+            })?;
+            Ok((port.name.as_deref().map(Arc::from), number))
+        })
+        .collect()
+}
+
+pub(super) fn parse_port(port: i64) -> Result<u16, InvalidAddress> {
+    u16::try_from(port).ok().filter(|port| *port > 0).ok_or(InvalidAddress::NotAPort { port })
+}
+
+fn path(placed: &Placed<Pod>, annotation: &'static str) -> Result<Option<PathBuf>, Error> {
+    let annotations = placed.object.metadata.annotations.as_ref();
+    let Some(value) = annotations.and_then(|annotations| annotations.get(annotation)) else {
+        return Ok(None);
+    };
+    if !value.starts_with('/') {
+        return Err(Error::PathAnnotation {
+            place: placed.place.clone(),
+            object: called("Pod", &placed.object.metadata),
+            annotation,
+            value: value.clone(),
+        });
+    }
+    Ok(Some(value.into()))
+}

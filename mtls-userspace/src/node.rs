@@ -1,0 +1,247 @@
+//! The node agent's wiring: builds the rooms, starts the two kinds of runtime, stops them in order.
+//!
+//! Control (mesh source, identities, admin, enrolment) runs on a runtime of its own, so that a heavy scrape or a
+//! slow authority never stalls traffic; data threads are in [`crate::worker`].
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use arc_swap::ArcSwap;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::capture::{self, Capture};
+use crate::config::Config;
+use crate::drain::Drain;
+use crate::enrolment::Enrolment;
+use crate::identity::{self, Identities};
+use crate::mesh::{self, Mesh};
+use crate::observe::{self, Admin, IdentityRow, MeshRow, Observer, Plaintext, PodRow, Readiness};
+use crate::policy::{Peer, Request};
+use crate::tunnel;
+use crate::worker::{self, LocalPods, Worker};
+
+/// Runs until SIGTERM or SIGINT, then drains. Kernel state stays: STRICT holds while nobody runs.
+pub async fn run(config: Config) -> anyhow::Result<()> {
+    let config = Arc::new(config);
+    let settings = mesh::Settings {
+        trust_domain: config.trust_domain.clone(),
+        root_namespace: config.root_namespace.clone(),
+    };
+    let source = mesh::Source::directory(config.manifests.clone(), settings).context("manifests")?;
+    let capture = Arc::new(
+        Capture::start(capture::Config {
+            cgroup_root: config.cgroup_root.clone(),
+            bpffs: config.bpffs.clone(),
+            workers: config.workers,
+            congestion: config.loopback_congestion.clone(),
+        })
+        .context("kernel half")?,
+    );
+    let admin = Admin::bind(Some(config.admin), Some(&config.admin_socket)).await.context("admin API")?;
+    let authority = identity::RemoteAuthority::new(
+        &config.ca_address,
+        config.ca_root.clone(),
+        config.ca_token_file.clone(),
+    )
+    .context("certificate authority")?;
+    let settings = identity::Config { lifetime: config.certificate_lifetime, ..identity::Config::default() };
+    let identities = Identities::new(Arc::new(authority), settings);
+    let observer = Observer::new(observe::Settings {
+        access_log: config.access_log,
+        ..observe::Settings::new(config.node.clone())
+    });
+    let readiness = Readiness::default();
+
+    let drain = Drain::new();
+    let local = Arc::new(LocalPods::default());
+    let tunnel = Arc::new(tunnel::Config::default());
+    let workers = (0..config.workers)
+        .map(|index| {
+            let worker = Worker {
+                node: config.node.clone(),
+                mesh: source.clone(),
+                identities: identities.clone(),
+                local: local.clone(),
+                connector: tunnel::Connector::new(tunnel.clone()),
+                acceptor: tunnel::Acceptor::new(tunnel.clone()),
+                observer: observer.clone(),
+                same_node: config.same_node,
+                congestion: config.loopback_congestion.clone(),
+            };
+            let working = drain.working().context("draining already")?;
+            worker::start(index, Arc::new(worker), working).context("data thread")
+        })
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let enrolment =
+        Enrolment::new(config.node.clone(), capture.clone(), workers, local, config.mesh_prefixes.clone());
+
+    let (stop, stopping) = tokio::sync::watch::channel(false);
+    let stopped = || {
+        let mut stopping = stopping.clone();
+        async move {
+            let _ = stopping.wait_for(|stop| *stop).await;
+        }
+    };
+    tokio::spawn(identities.clone().run(stopped()));
+    let pods = Arc::new(ArcSwap::default());
+    provide(&observer, &capture, &identities, &source, pods.clone());
+    let admin = tokio::spawn(admin.serve(observer.clone(), readiness.clone(), stopped()));
+    if let Some(events) = capture.events() {
+        tokio::spawn(watch_kernel(events, source.clone(), observer.clone()));
+    }
+    let control =
+        Control { config: config.clone(), source, identities, enrolment, observer: observer.clone(), pods };
+    tokio::spawn(control.run(readiness));
+
+    tracing::info!(node = %config.node, workers = config.workers, "agent runs");
+    wait_for_signal().await?;
+    tracing::info!(seconds = config.drain.as_secs(), open = observer.open_connections(), "draining");
+    if !drain.run(config.drain).await {
+        tracing::warn!(
+            open = observer.open_connections(),
+            "drain time is over: resetting what is still open"
+        );
+        observer.revoke(&|_| Some("agent stopped".into()));
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    capture.shutdown_unregister();
+    stop.send_replace(true);
+    let _ = tokio::time::timeout(Duration::from_secs(2), admin).await;
+    observer.flush_access_log(Duration::from_secs(1));
+    Ok(())
+}
+
+/// Follows the mesh and the certificates; the only place where enrolment changes.
+struct Control {
+    config: Arc<Config>,
+    source: mesh::Source,
+    identities: Arc<Identities>,
+    enrolment: Enrolment,
+    observer: Observer,
+    /// What the admin API shows of this node's pods.
+    pods: Arc<ArcSwap<Vec<PodRow>>>,
+}
+
+impl Control {
+    async fn run(mut self, readiness: Readiness) {
+        let pods_ready = readiness.condition("pods");
+        let identities_ready = readiness.condition("identities");
+        let mut mesh_changes = self.source.subscribe();
+        let mut identity_changes = self.identities.subscribe();
+        loop {
+            mesh_changes.mark_unchanged();
+            identity_changes.mark_unchanged();
+            let mesh = self.source.current();
+            let wanted: HashSet<_> =
+                mesh.enrolled_on(&self.config.node).map(|workload| workload.identity.clone()).collect();
+            self.identities.want(wanted.clone());
+            self.enrolment.reconcile(&mesh).await;
+            self.observer.revoke(&|flow| refused_now(&mesh, flow));
+            self.pods.store(Arc::new(self.enrolment.rows(&mesh)));
+
+            match self.enrolment.failed().iter().next() {
+                None => pods_ready.set_ready(),
+                Some((name, reason)) => pods_ready.not_ready(format!("{name}: {reason}")),
+            }
+            match wanted.iter().find(|id| self.identities.current(id).is_none()) {
+                None => identities_ready.set_ready(),
+                Some(id) => identities_ready.not_ready(format!("no certificate for {id} yet")),
+            }
+            // Pods that could not be enrolled are tried again soon; a namespace replaced under its path is noticed.
+            let again = if self.enrolment.failed().is_empty() {
+                Duration::from_secs(5)
+            } else {
+                Duration::from_secs(1)
+            };
+            tokio::select! {
+                changed = mesh_changes.changed() => if changed.is_err() { return },
+                changed = identity_changes.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(again) => {}
+            }
+        }
+    }
+}
+
+/// Tells the observer where to ask at scrape time.
+fn provide(
+    observer: &Observer,
+    capture: &Arc<Capture>,
+    identities: &Arc<Identities>,
+    source: &mesh::Source,
+    pods: Arc<ArcSwap<Vec<PodRow>>>,
+) {
+    let kernel = capture.clone();
+    observer.set_kernel_counters(Arc::new(move || {
+        kernel.counters().unwrap_or_else(|error| {
+            tracing::warn!(%error, "cannot read the kernel's counters");
+            Vec::new()
+        })
+    }));
+    let held = identities.clone();
+    observer.set_identities(Arc::new(move || {
+        let row = |status: &_| IdentityRow::new(status, held.current(&status.id).as_deref());
+        held.status().iter().map(row).collect()
+    }));
+    observer.set_pods(Arc::new(move || pods.load().to_vec()));
+    let source = source.clone();
+    observer.set_mesh(Arc::new(move || {
+        let mesh = source.current();
+        MeshRow {
+            generation: mesh.generation,
+            workloads: mesh.workloads.len() as u64,
+            last_error: source.last_error(),
+            errors: source.errors(),
+        }
+    }));
+}
+
+/// Whether an open connection would be refused under this snapshot, and by what.
+fn refused_now(mesh: &Mesh, flow: &observe::Flow) -> Option<Arc<str>> {
+    let destination = flow.destination.workload.as_ref()?;
+    // The workload as it is now: its labels may have changed.
+    let Some(now) = mesh.workload(flow.address.ip()).filter(|now| now.key() == destination.key()) else {
+        return Some("the destination pod is gone".into());
+    };
+    let judged_here = flow.direction == observe::Direction::Inbound || flow.path == observe::Path::SameNode;
+    if !judged_here {
+        return None;
+    }
+    let peer = match &flow.source.identity {
+        Some(identity) => Peer::Verified(identity),
+        None => Peer::Plaintext,
+    };
+    let request =
+        Request { destination: now, address: flow.address, source_ip: flow.original_src.ip(), peer };
+    mesh.policies.authorize(&request).err().map(|denied| denied.to_string().into())
+}
+
+async fn wait_for_signal() -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+/// Counts plaintext that the kernel half decided alone.
+async fn watch_kernel(mut events: capture::Events, source: mesh::Source, observer: Observer) {
+    loop {
+        let event = match events.next().await {
+            Ok(event) => event,
+            Err(error) => {
+                return tracing::error!(%error, "the kernel's events can no longer be read: plaintext goes uncounted");
+            }
+        };
+        let mesh = source.current();
+        let Some(destination) = mesh.workload(event.local.ip()) else { continue };
+        let outcome = match event.kind {
+            capture::EventKind::PlaintextAccepted => Plaintext::Accepted,
+            capture::EventKind::PlaintextRefused => Plaintext::Refused,
+        };
+        observer.plaintext(destination, event.local.port(), outcome);
+    }
+}

@@ -1,0 +1,198 @@
+//! Data threads: listeners in, one task per connection out.
+//!
+//! Each thread runs a single-threaded runtime with listeners of its own in every enrolled pod and its own idle
+//! tunnels, so that the data path shares nothing but immutable snapshots.
+
+use std::collections::HashMap;
+use std::future::Future;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+
+use crate::capture::{Listeners, LocalPod};
+use crate::config::SameNode;
+use crate::connection;
+use crate::drain::Working;
+use crate::identity::Identities;
+use crate::mesh::{self, Workload};
+use crate::observe::{Direction, Observer};
+use crate::tunnel;
+
+/// What every connection on one data thread can reach.
+pub struct Worker {
+    pub node: Arc<str>,
+    pub mesh: mesh::Source,
+    pub identities: Arc<Identities>,
+    pub local: Arc<LocalPods>,
+    pub connector: tunnel::Connector,
+    pub acceptor: tunnel::Acceptor,
+    pub observer: Observer,
+    pub same_node: SameNode,
+    /// Congestion control of loopback legs; `None` leaves the host's.
+    pub congestion: Option<String>,
+}
+
+/// An enrolled pod on this node, as connections see it.
+pub struct Pod {
+    pub socket: Arc<LocalPod>,
+    /// Replaced when the pod's manifest changes.
+    pub workload: ArcSwap<Workload>,
+}
+
+/// The enrolled pods of this node by address; replaced whole, read without a lock.
+#[derive(Default)]
+pub struct LocalPods(ArcSwap<HashMap<IpAddr, Arc<Pod>>>);
+
+impl LocalPods {
+    pub fn at(&self, address: IpAddr) -> Option<Arc<Pod>> {
+        self.0.load().get(&address).cloned()
+    }
+
+    pub fn replace(&self, pods: impl Iterator<Item = Arc<Pod>>) {
+        let by_address = pods.flat_map(|pod| {
+            let addresses = pod.workload.load().addresses.clone();
+            addresses.into_iter().map(move |address| (address, pod.clone()))
+        });
+        self.0.store(Arc::new(by_address.collect()));
+    }
+}
+
+impl Worker {
+    /// The destination pod, if it lives on this node and same-node connections may go without TLS.
+    pub fn neighbour(&self, workload: &Workload) -> Option<Arc<Pod>> {
+        match self.same_node {
+            SameNode::Encrypt => None,
+            SameNode::Relay => workload.addresses.iter().find_map(|ip| self.local.at(*ip)),
+        }
+    }
+
+    /// Counts a stream's tunnel: one that carried a stream before, or a new one with its handshake.
+    pub fn count_tunnel(&self, direction: Direction, reused: bool, resumed: bool) {
+        if reused {
+            self.observer.tunnel_reused(direction);
+        } else {
+            self.observer.handshake_done(direction, resumed);
+            self.observer.tunnel_opened(direction);
+        }
+    }
+}
+
+/// What the control side tells a data thread.
+pub enum Command {
+    Serve {
+        pod: Arc<Pod>,
+        listeners: Listeners,
+    },
+    /// Stop listening in the pod with this name; open connections go on.
+    Release {
+        name: String,
+    },
+}
+
+/// The control side's end of a data thread.
+#[derive(Clone)]
+pub struct Handle(mpsc::Sender<Command>);
+
+impl Handle {
+    /// Nothing to report when the thread is gone: the process is on its way out.
+    pub async fn tell(&self, command: Command) {
+        let _ = self.0.send(command).await;
+    }
+}
+
+/// Starts a data thread. It ends when `working` is told to stop and its last connection is over.
+pub fn start(index: usize, worker: Arc<Worker>, working: Working) -> std::io::Result<Handle> {
+    let (commands, received) = mpsc::channel(64);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::Builder::new()
+        .name(format!("data-{index}"))
+        .spawn(move || runtime.block_on(serve(worker, received, working)))?;
+    Ok(Handle(commands))
+}
+
+async fn serve(worker: Arc<Worker>, mut commands: mpsc::Receiver<Command>, mut working: Working) {
+    let mut listening: HashMap<String, Vec<AbortHandle>> = HashMap::new();
+    let share = working.clone();
+    loop {
+        let command = tokio::select! {
+            command = commands.recv() => command,
+            () = working.stopping() => None,
+        };
+        match command {
+            Some(Command::Serve { pod, listeners }) => {
+                let name = pod.socket.name().to_owned();
+                stop(listening.insert(name, listen(&worker, pod, listeners, &share)));
+            }
+            Some(Command::Release { name }) => stop(listening.remove(&name)),
+            None => break,
+        }
+    }
+    listening.into_values().for_each(|tasks| stop(Some(tasks)));
+    worker.connector.close_idle();
+    // Every connection holds a share of its own; the thread lives for them until the process ends.
+    drop((working, share));
+    std::future::pending().await
+}
+
+fn stop(tasks: Option<Vec<AbortHandle>>) {
+    tasks.into_iter().flatten().for_each(|task| task.abort());
+}
+
+fn listen(worker: &Arc<Worker>, pod: Arc<Pod>, listeners: Listeners, working: &Working) -> Vec<AbortHandle> {
+    let Listeners { outbound, inbound, plaintext } = listeners;
+    [
+        accept(worker, &pod, outbound, working, |w, p, _, s| connection::outbound(w, p, s)),
+        accept(worker, &pod, inbound, working, connection::inbound),
+        accept(worker, &pod, plaintext, working, |w, p, _, s| connection::plaintext(w, p, s)),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// Accepts until aborted. Each connection is a task with a share in the drain.
+fn accept<F>(
+    worker: &Arc<Worker>,
+    pod: &Arc<Pod>,
+    listener: std::net::TcpListener,
+    working: &Working,
+    connection: impl Fn(Arc<Worker>, Arc<Pod>, Working, TcpStream) -> F + Send + 'static,
+) -> Option<AbortHandle>
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let listener = match TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(pod = pod.socket.name(), %error, "cannot listen in this pod: its connections are refused");
+            return None;
+        }
+    };
+    let (worker, pod, working) = (worker.clone(), pod.clone(), working.clone());
+    let accepting = async move {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let _ = stream.set_nodelay(true);
+                    let share = working.clone();
+                    let task = connection(worker.clone(), pod.clone(), share.clone(), stream);
+                    tokio::spawn(async move {
+                        task.await;
+                        drop(share);
+                    });
+                }
+                // The peer gave up while queued, or the process is out of descriptors: neither ends the listener.
+                Err(error) => {
+                    tracing::warn!(pod = pod.socket.name(), %error, "accept failed");
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+            }
+        }
+    };
+    Some(tokio::spawn(accepting).abort_handle())
+}

@@ -1,0 +1,10 @@
+//! The certificate authority and the agents' side of it, end to end: real TLS and gRPC on loopback.
+
+// Clippy knows test functions by their attribute; what they share has none.
+#![allow(clippy::unwrap_used)]
+
+mod bench;
+mod command;
+mod directory;
+mod requests;
+mod rotation;

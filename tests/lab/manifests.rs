@@ -1,0 +1,226 @@
+//! Manifests: pods, Services and policies in the lab's terms in, Kubernetes objects in files out.
+//!
+//! Files appear and change whole (written elsewhere, then renamed), so that a reader never sees half of one.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::Ordering;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::network::plan;
+use crate::{Lab, Pod};
+
+/// A declared container or Service port.
+#[derive(Clone, Debug)]
+pub struct Port {
+    pub name: String,
+    pub port: u16,
+}
+
+/// Modes of a PeerAuthentication.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    Strict,
+    Permissive,
+    Disable,
+}
+
+impl Mode {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Strict => "STRICT",
+            Self::Permissive => "PERMISSIVE",
+            Self::Disable => "DISABLE",
+        }
+    }
+}
+
+/// Where a PeerAuthentication applies.
+#[derive(Clone, Debug)]
+pub enum Level<'a> {
+    Mesh,
+    Namespace(&'a str),
+    Workload(&'a Pod),
+    /// A workload, with other modes for some of its ports.
+    Ports(&'a Pod, &'a [(u16, Mode)]),
+}
+
+/// A Kubernetes object and the name of its file.
+pub(crate) struct Manifest {
+    pub file: String,
+    pub object: Value,
+}
+
+impl Lab {
+    /// Puts a manifest into force, replacing one of the same kind and name.
+    pub(crate) fn write(&self, manifest: &Manifest) -> Result<()> {
+        let text = serde_yaml_ng::to_string(&manifest.object)?;
+        self.write_text(&manifest.file, &text)
+    }
+
+    /// Puts any text where agents look for manifests.
+    pub fn write_text(&self, file: &str, text: &str) -> Result<()> {
+        let aside = self.dir().join(format!("{file}.new"));
+        let target = self.dir().join("manifests").join(file);
+        std::fs::write(&aside, text)?;
+        std::fs::rename(&aside, &target).with_context(|| format!("write {}", target.display()))
+    }
+
+    /// Takes a manifest away.
+    pub fn remove_file(&self, file: &str) -> Result<()> {
+        let target = self.dir().join("manifests").join(file);
+        std::fs::remove_file(&target).with_context(|| format!("remove {}", target.display()))
+    }
+
+    pub fn namespace(&self, name: &str, enrolled: bool) -> Result<()> {
+        let mode = if enrolled { "ambient" } else { "none" };
+        self.write(&Manifest {
+            file: format!("namespace-{name}.yaml"),
+            object: json!({
+                "apiVersion": "v1", "kind": "Namespace",
+                "metadata": { "name": name, "labels": { "istio.io/dataplane-mode": mode } },
+            }),
+        })
+    }
+
+    /// Sets the mode at a level. A later call for the same level replaces an earlier one.
+    pub fn peer_authentication(&self, level: Level<'_>, mode: Mode) -> Result<()> {
+        let spec = json!({ "mtls": { "mode": mode.name() } });
+        let (namespace, name, spec) = match level {
+            Level::Mesh => ("istio-system", "mesh".into(), spec),
+            Level::Namespace(namespace) => (namespace, "namespace".into(), spec),
+            Level::Workload(pod) => (
+                pod.namespace(),
+                pod.name().to_owned(),
+                json!({ "selector": selector(pod), "mtls": { "mode": mode.name() } }),
+            ),
+            Level::Ports(pod, ports) => {
+                let of_port = |(port, mode): &(u16, Mode)| (port.to_string(), json!({ "mode": mode.name() }));
+                let ports: serde_json::Map<_, _> = ports.iter().map(of_port).collect();
+                (
+                    pod.namespace(),
+                    pod.name().to_owned(),
+                    json!({ "selector": selector(pod), "mtls": { "mode": mode.name() }, "portLevelMtls": ports }),
+                )
+            }
+        };
+        self.write(&Manifest {
+            file: format!("peerauthentication-{namespace}-{name}.yaml"),
+            object: json!({
+                "apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication",
+                "metadata": { "name": name, "namespace": namespace }, "spec": spec,
+            }),
+        })
+    }
+
+    /// A Service in front of pods, with its EndpointSlice, and its address. `target` is a port number or name.
+    pub fn service(&self, name: &str, pods: &[&Pod], port: u16, target: &Value) -> Result<SocketAddr> {
+        let vip = plan::service(self.services.fetch_add(1, Ordering::Relaxed));
+        self.write_service(name, pods, port, target, Some(vip))?;
+        Ok(SocketAddr::new(vip, port))
+    }
+
+    /// A Service without an address of its own.
+    pub fn headless_service(&self, name: &str, pods: &[&Pod], port: u16, target: &Value) -> Result<()> {
+        self.write_service(name, pods, port, target, None)
+    }
+
+    fn write_service(
+        &self,
+        name: &str,
+        pods: &[&Pod],
+        port: u16,
+        target: &Value,
+        vip: Option<IpAddr>,
+    ) -> Result<()> {
+        let namespace = pods.first().map_or("shop", |pod| pod.namespace());
+        let ip = vip.map_or("None".into(), |vip| vip.to_string());
+        self.write(&Manifest {
+            file: format!("service-{namespace}-{name}.yaml"),
+            object: json!({
+                "apiVersion": "v1", "kind": "Service",
+                "metadata": { "name": name, "namespace": namespace },
+                "spec": {
+                    "clusterIP": ip, "clusterIPs": [ip],
+                    "ports": [{ "name": "main", "port": port, "targetPort": target, "protocol": "TCP" }],
+                },
+            }),
+        })?;
+        self.endpoints(name, pods, target)
+    }
+
+    /// Replaces the endpoints of a Service.
+    pub fn endpoints(&self, service: &str, pods: &[&Pod], target: &Value) -> Result<()> {
+        let namespace = pods.first().map_or("shop", |pod| pod.namespace());
+        // As the endpoint controller does: a named port becomes the number that the pods declare under that name.
+        let number = match target {
+            Value::String(name) => pods
+                .iter()
+                .flat_map(|pod| pod.ports())
+                .find(|port| port.name == *name)
+                .map(|port| json!(port.port))
+                .unwrap_or(Value::Null),
+            number => number.clone(),
+        };
+        let endpoints: Vec<Value> = pods
+            .iter()
+            .map(|pod| {
+                json!({
+                    "addresses": [pod.ip()], "conditions": { "ready": true }, "nodeName": pod.node().name(),
+                    "targetRef": { "kind": "Pod", "name": pod.name(), "namespace": pod.namespace() },
+                })
+            })
+            .collect();
+        self.write(&Manifest {
+            file: format!("endpointslice-{namespace}-{service}.yaml"),
+            object: json!({
+                "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+                "metadata": {
+                    "name": format!("{service}-1"), "namespace": namespace,
+                    "labels": { "kubernetes.io/service-name": service },
+                },
+                "addressType": "IPv4",
+                "ports": [{ "name": "main", "port": number, "protocol": "TCP" }],
+                "endpoints": endpoints,
+            }),
+        })
+    }
+
+    /// Takes a pod out of the mesh, as its deletion would.
+    pub fn forget(&self, pod: &Pod) -> Result<()> {
+        self.remove_file(&pod_file(pod))
+    }
+}
+
+fn selector(pod: &Pod) -> Value {
+    json!({ "matchLabels": { "app": pod.name() } })
+}
+
+fn pod_file(pod: &Pod) -> String {
+    format!("pod-{}-{}.yaml", pod.namespace(), pod.name())
+}
+
+pub(crate) fn pod(pod: &Pod) -> Manifest {
+    let mut labels = json!({ "app": pod.name() });
+    if let Some(mode) = pod.dataplane_mode() {
+        labels["istio.io/dataplane-mode"] = mode.into();
+    }
+    let ports: Vec<Value> =
+        pod.ports().iter().map(|port| json!({ "name": port.name, "containerPort": port.port })).collect();
+    Manifest {
+        file: pod_file(pod),
+        object: json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {
+                "name": pod.name(), "namespace": pod.namespace(), "labels": labels,
+                "annotations": { "mtls.dev/netns": pod.netns().path(), "mtls.dev/cgroup": pod.cgroup() },
+            },
+            "spec": {
+                "nodeName": pod.node().name(), "serviceAccountName": pod.service_account(),
+                "containers": [{ "name": "main", "ports": ports }],
+            },
+            "status": { "phase": "Running", "podIP": pod.ip(), "podIPs": [{ "ip": pod.ip() }, { "ip": pod.ip6() }] },
+        }),
+    }
+}

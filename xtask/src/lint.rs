@@ -1,0 +1,22 @@
+//! Formatting and clippy. The kernel half has a panic handler of its own, so it is linted apart from the host crates.
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::{call, cargo, step};
+
+const KERNEL_HALF: &str = "mtls-ebpf/Cargo.toml";
+
+pub fn run() -> Result<()> {
+    step("formatting");
+    call(cargo().args(["fmt", "--all", "--check"]))?;
+    step("clippy");
+    call(cargo().args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
+    if Path::new(KERNEL_HALF).exists() {
+        step("formatting and clippy of the kernel half");
+        call(cargo().args(["fmt", "--manifest-path", KERNEL_HALF, "--check"]))?;
+        call(cargo().args(["clippy", "--quiet", "--manifest-path", KERNEL_HALF, "--", "-D", "warnings"]))?;
+    }
+    Ok(())
+}
