@@ -23,6 +23,7 @@ mod codec;
 mod connector;
 mod frame;
 mod handshake;
+mod key;
 mod pool;
 mod record;
 mod socket;

@@ -6,8 +6,10 @@
 
 use std::ops::Range;
 
-use aws_lc_rs::aead::{AES_128_GCM, AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
+use aws_lc_rs::aead::Aad;
 use rustls::ConnectionTrafficSecrets;
+
+use super::key::Key;
 
 /// Type, version, length.
 pub const HEADER: usize = 5;
@@ -53,44 +55,6 @@ pub enum RecordError {
     UnusableKey,
 }
 
-/// One direction's key, nonce base and record counter.
-struct Key {
-    aead: LessSafeKey,
-    iv: [u8; 12],
-    sequence: u64,
-    /// Records that may pass under one key (RFC 8446, 5.5).
-    limit: u64,
-}
-
-impl Key {
-    fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, RecordError> {
-        // 2^24 full records is AES-GCM's confidentiality limit; ChaCha20-Poly1305 has none before the counter ends.
-        let (algorithm, key, iv, limit) = match secrets {
-            ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (&AES_128_GCM, key, iv, 1 << 24),
-            ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (&AES_256_GCM, key, iv, 1 << 24),
-            ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (&CHACHA20_POLY1305, key, iv, u64::MAX),
-            _ => return Err(RecordError::UnusableKey),
-        };
-        let key = key.as_ref().get(..algorithm.key_len()).ok_or(RecordError::UnusableKey)?;
-        let unbound = UnboundKey::new(algorithm, key).map_err(|_| RecordError::UnusableKey)?;
-        let iv = iv.as_ref().try_into().map_err(|_| RecordError::UnusableKey)?;
-        Ok(Self { aead: LessSafeKey::new(unbound), iv, sequence, limit })
-    }
-
-    /// The nonce of the next record; each is given out once.
-    fn nonce(&mut self) -> Result<Nonce, RecordError> {
-        if self.sequence >= self.limit {
-            return Err(RecordError::KeyExhausted);
-        }
-        let mut nonce = self.iv;
-        for (byte, counter) in nonce[4..].iter_mut().zip(self.sequence.to_be_bytes()) {
-            *byte ^= counter;
-        }
-        self.sequence += 1;
-        Ok(Nonce::assume_unique_for_key(nonce))
-    }
-}
-
 /// Seals outgoing records.
 pub struct Sealer {
     key: Key,
@@ -128,11 +92,9 @@ impl Sealer {
         head.copy_from_slice(&header);
         let (inner, tag) = body.split_at_mut(length + 1);
         inner[length] = content as u8;
-        let nonce = self.key.nonce()?;
         let computed = self
             .key
-            .aead
-            .seal_in_place_separate_tag(nonce, Aad::from(header), inner)
+            .next(|key, nonce| key.seal_in_place_separate_tag(nonce, Aad::from(header), inner))?
             .map_err(|_| RecordError::UnusableKey)?;
         tag.copy_from_slice(computed.as_ref());
         Ok(total)
@@ -158,9 +120,10 @@ impl Opener {
         }
         let (head, body) = record.split_at_mut(HEADER);
         let header: [u8; HEADER] = head.try_into().map_err(|_| RecordError::Length(size))?;
-        let nonce = self.key.nonce()?;
-        let inner =
-            self.key.aead.open_in_place(nonce, Aad::from(header), body).map_err(|_| RecordError::Forged)?;
+        self.key
+            .next(|key, nonce| key.open_in_place(nonce, Aad::from(header), body).map(|_| ()))?
+            .map_err(|_| RecordError::Forged)?;
+        let inner = &body[..body.len() - (TRAILER - 1)];
         let length = inner.iter().rposition(|&byte| byte != 0).ok_or(RecordError::NoContentType)?;
         let content = match inner[length] {
             21 => ContentType::Alert,
@@ -224,8 +187,12 @@ mod tests {
         let header = [OUTER_TYPE, 3, 3, high, low];
         let mut record = header.to_vec();
         record.extend_from_slice(inner);
-        let nonce = sealer.key.nonce().unwrap();
-        sealer.key.aead.seal_in_place_append_tag(nonce, Aad::from(header), &mut Tail(&mut record)).unwrap();
+        sealer
+            .key
+            .next(|key, nonce| {
+                key.seal_in_place_append_tag(nonce, Aad::from(header), &mut Tail(&mut record)).unwrap();
+            })
+            .unwrap();
         record
     }
 

@@ -43,7 +43,7 @@ async fn a_rustls_client_is_understood_across_key_updates() {
         assert_eq!(fin, [FIN]);
         let report = soon(agents.server_reports.recv()).await.unwrap();
         assert!(matches!(report.end, End::Clean), "{:?}", report.end);
-        assert_eq!((report.sent, report.received), (500, 15_000));
+        assert_eq!((report.sent, report.received), (15_000, 500));
     }
 }
 

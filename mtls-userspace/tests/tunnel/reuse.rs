@@ -7,7 +7,7 @@ use std::time::Duration;
 use mtls::addr::OriginalSrc;
 use mtls::identity::Identity;
 use mtls::relay::{End, Progress, tunnelled};
-use mtls::tunnel::{Config, Open, RejectReason};
+use mtls::tunnel::{Acceptor, Config, Connector, Open, RejectReason};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -36,6 +36,27 @@ async fn connections_one_after_the_other_share_a_tunnel() {
         agents.idle(1).await;
     }
     assert_eq!(agents.handshakes(), 1);
+}
+
+/// Every connection's task holds these while it waits.
+#[tokio::test]
+async fn waiting_for_a_stream_costs_little() {
+    let ca = Ca::new();
+    let (client, server) = (ca.identity(CLIENT), ca.identity(SERVER));
+    let config = std::sync::Arc::new(Config::default());
+    let connector = Connector::new(config.clone());
+    let (listener, address) = listen().await;
+    let open = Open::new(address, OriginalSrc::new(address));
+    let opening = open_stream(&connector, &client, address, open);
+    assert!(size_of_val(&opening) <= 1000, "{}", size_of_val(&opening));
+    let accepting = async {
+        let (tcp, _) = listener.accept().await.unwrap();
+        Acceptor::new(config).accept(tcp, &server).await.unwrap()
+    };
+    let (stream, mut tunnel) = tokio::join!(opening, accepting);
+    stream.unwrap();
+    let next = tunnel.next();
+    assert!(size_of_val(&next) <= 500, "{}", size_of_val(&next));
 }
 
 #[tokio::test]
