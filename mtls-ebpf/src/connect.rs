@@ -6,7 +6,8 @@
 //! A captured socket dials a random address of 127.0.0.0/8 (`::1` for IPv6) at the outbound port, from the pod's own
 //! address. The loopback destination keeps what plain TCP has: as many connections to *each* destination as there are
 //! ephemeral ports, and reuse of ports in TIME_WAIT, which the kernel grants to loopback only. The source keeps
-//! `getsockname()` right, which is why there is no getsockname hook. A socket bound to a device can't reach loopback
+//! `getsockname()` right, which is why there is no getsockname hook: blocking, non-blocking, v4-mapped and MPTCP sockets
+//! were tried. (With several addresses of one family it is the pod's first, whatever a route would prefer.) A socket bound to a device can't reach loopback
 //! addresses; it dials the pod's own address instead, which is local on that device.
 
 use aya_ebpf::bindings::{bpf_sock, bpf_sock_addr};

@@ -54,7 +54,8 @@ fn from_inside(ctx: &SkLookupContext, local: &Endpoint, remote: &Endpoint) -> u3
         OUTBOUND_PORT => match pod_at(&remote.addr_be) {
             Some(pod) => steer(ctx, pod, listener::OUTBOUND, Counter::SteeredOutbound),
             // From an address that was added since the pod enrolled: the ordinary lookup finds a listener too.
-            None => PASS,
+            None if is_loopback(&local.addr_be) && !is_loopback(&remote.addr_be) => PASS,
+            None => DROP,
         },
         TUNNEL_PORT => match pod_at(&local.addr_be) {
             Some(pod) => steer(ctx, pod, listener::TUNNEL, Counter::SteeredTunnel),

@@ -247,9 +247,11 @@ impl Agents {
 
 fn listen(options: &Options) -> Result<TcpListener> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
-    socket2::SockRef::from(&listener).listen(4096)?;
+    let socket = socket2::SockRef::from(&listener);
+    socket.listen(4096)?;
+    mtls::relay::prepare(&socket)?;
     if let Some(name) = &options.congestion {
-        socket2::SockRef::from(&listener).set_tcp_congestion(name.as_bytes())?;
+        socket.set_tcp_congestion(name.as_bytes())?;
     }
     Ok(listener)
 }
@@ -257,7 +259,7 @@ fn listen(options: &Options) -> Result<TcpListener> {
 fn socket(options: &Options) -> std::io::Result<socket2::Socket> {
     let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
-    socket.set_tcp_nodelay(true)?;
+    mtls::relay::prepare(&socket)?;
     if let Some(name) = &options.congestion {
         socket.set_tcp_congestion(name.as_bytes())?;
     }
@@ -268,7 +270,11 @@ async fn dial(to: SocketAddr, options: &Options) -> std::io::Result<tokio::net::
     tokio::net::TcpSocket::from_std_stream(socket(options)?.into()).connect(to).await
 }
 
-fn start_worker(cpu: &Arc<[AtomicU64; 4]>, slot: usize, agent: impl Future<Output = Result<()>> + Send + 'static) {
+fn start_worker(
+    cpu: &Arc<[AtomicU64; 4]>,
+    slot: usize,
+    agent: impl Future<Output = Result<()>> + Send + 'static,
+) {
     let cpu = cpu.clone();
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -359,7 +365,8 @@ fn identities() -> Result<(Arc<Identity>, Arc<Identity>)> {
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let ca = CertifiedIssuer::self_signed(params, KeyPair::generate()?)?;
     let mut by_id = HashMap::new();
-    for (version, id) in (1..).zip(["spiffe://cluster.local/ns/a/sa/client", "spiffe://cluster.local/ns/a/sa/server"])
+    for (version, id) in
+        (1..).zip(["spiffe://cluster.local/ns/a/sa/client", "spiffe://cluster.local/ns/a/sa/server"])
     {
         let mut params = CertificateParams::new(Vec::new())?;
         params.subject_alt_names = vec![SanType::URI(id.try_into()?)];

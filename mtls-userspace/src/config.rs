@@ -155,7 +155,9 @@ impl Options {
         let ca_root = mistakes.required("ca-root", options.ca_root);
         let ca_token_file = mistakes.required("ca-token-file", options.ca_token_file);
         if ca_address.as_ref().is_some_and(|a| !a.starts_with("https://")) {
-            mistakes.0.push("--ca-address must start with https://: certificates are never asked for in the clear".into());
+            mistakes.0.push(
+                "--ca-address must start with https://: certificates are never asked for in the clear".into(),
+            );
         }
         let trust_domain = options.trust_domain.as_deref().unwrap_or("cluster.local").parse::<TrustDomain>();
         if let Err(error) = &trust_domain {
@@ -169,8 +171,15 @@ impl Options {
         if certificate_lifetime == 0 {
             mistakes.0.push("--certificate-lifetime must be at least 1".into());
         }
-        let (Some(node), Some(manifests), Some(ca_address), Some(ca_root), Some(ca_token_file), Ok(trust_domain), true) =
-            (node, manifests, ca_address, ca_root, ca_token_file, trust_domain, mistakes.0.is_empty())
+        let (
+            Some(node),
+            Some(manifests),
+            Some(ca_address),
+            Some(ca_root),
+            Some(ca_token_file),
+            Ok(trust_domain),
+            true,
+        ) = (node, manifests, ca_address, ca_root, ca_token_file, trust_domain, mistakes.0.is_empty())
         else {
             return Err(Error::Invalid(mistakes));
         };
@@ -199,7 +208,8 @@ impl Options {
     }
 
     fn read(path: &Path) -> Result<Self, Error> {
-        let text = std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.into(), source })?;
+        let text =
+            std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.into(), source })?;
         serde_path_to_error::deserialize(serde_yaml_ng::Deserializer::from_str(&text))
             .map_err(|error| Error::Parse { path: path.into(), message: error.to_string() })
     }
@@ -262,7 +272,9 @@ mod tests {
     #[test]
     fn all_mistakes_are_reported_at_once() {
         let error = Options { workers: Some(0), ..Options::default() }.validate().unwrap_err().to_string();
-        for expected in ["--node is missing", "--manifests is missing", "--ca-root is missing", "--workers must be"] {
+        for expected in
+            ["--node is missing", "--manifests is missing", "--ca-root is missing", "--workers must be"]
+        {
             assert!(error.contains(expected), "{error}");
         }
     }

@@ -43,7 +43,12 @@ pub async fn outbound(worker: Arc<Worker>, pod: Arc<Pod>, app: TcpStream) {
     let mesh = worker.mesh.current();
     match mesh.resolve(captured.destination, &worker.node) {
         Destination::Nowhere { service } => {
-            let flow = captured.flow(Path::Passthrough, Party::default(), captured.destination.addr(), Some(service));
+            let flow = captured.flow(
+                Path::Passthrough,
+                Party::default(),
+                captured.destination.addr(),
+                Some(service),
+            );
             worker.observer.refused(flow, Refusal::NoEndpoint);
             reset(app);
         }
@@ -132,7 +137,10 @@ async fn through_tunnel(
             flow.cipher = stream.cipher().suite().as_str();
             worker.count_tunnel(Direction::Outbound, stream.reused(), stream.resumed());
             let open = worker.observer.open(flow);
-            finish(open, async |open| relay::tunnelled(&app, &mut stream, open.progress(), stopped(open)).await).await;
+            finish(open, async |open| {
+                relay::tunnelled(&app, &mut stream, open.progress(), stopped(open)).await
+            })
+            .await;
         }
         Err(error) => {
             if let Some(failure) = outcome::failed_handshake(&error) {
@@ -194,7 +202,10 @@ async fn inbound_stream(worker: &Worker, pod: &Pod, from: SocketAddr, request: t
     let flow = Flow {
         direction: Direction::Inbound,
         path: Path::Tunnel,
-        source: Party { workload: mesh.workload(source.ip()).cloned(), identity: Some(request.peer().clone()) },
+        source: Party {
+            workload: mesh.workload(source.ip()).cloned(),
+            identity: Some(request.peer().clone()),
+        },
         destination: Party { identity: Some(workload.identity.clone()), workload: Some(workload.clone()) },
         original_dst: None,
         address,
@@ -203,14 +214,17 @@ async fn inbound_stream(worker: &Worker, pod: &Pod, from: SocketAddr, request: t
         cipher: request.cipher().suite().as_str(),
     };
     let delivered = match judge(&mesh, &flow, &workload, from) {
-        Ok(permit) => deliver(worker, pod, address, source, permit).await.map_err(|e| outcome::unreachable(&e)),
+        Ok(permit) => {
+            deliver(worker, pod, address, source, permit).await.map_err(|e| outcome::unreachable(&e))
+        }
         Err(refusal) => Err(refusal),
     };
     match delivered {
         Ok(app) => {
             let (_, stream) = request.accept();
             let open = worker.observer.open(flow);
-            finish(open, async |open| relay::tunnelled(&app, stream, open.progress(), stopped(open)).await).await
+            finish(open, async |open| relay::tunnelled(&app, stream, open.progress(), stopped(open)).await)
+                .await
         }
         Err(refusal) => {
             let rejection = outcome::rejection(&refusal);
@@ -222,7 +236,9 @@ async fn inbound_stream(worker: &Worker, pod: &Pod, from: SocketAddr, request: t
 
 /// Whether a peer whose identity is proven may have what it asks for.
 fn judge(mesh: &Mesh, flow: &Flow, workload: &Workload, from: SocketAddr) -> Result<Authorized, Refusal> {
-    let (Some(peer), source) = (&flow.source.identity, flow.original_src) else { return Err(Refusal::NoCertificate) };
+    let (Some(peer), source) = (&flow.source.identity, flow.original_src) else {
+        return Err(Refusal::NoCertificate);
+    };
     if !workload.addresses.contains(&flow.address.ip()) {
         return Err(Refusal::WrongPod);
     }
@@ -242,7 +258,9 @@ fn judge(mesh: &Mesh, flow: &Flow, workload: &Workload, from: SocketAddr) -> Res
 
 /// Plaintext from outside the mesh that policy must judge before the application sees it.
 pub async fn plaintext(worker: Arc<Worker>, pod: Arc<Pod>, client: TcpStream) {
-    let (Ok(from), Ok(to)) = (client.peer_addr().map(canonical), client.local_addr().map(canonical)) else { return };
+    let (Ok(from), Ok(to)) = (client.peer_addr().map(canonical), client.local_addr().map(canonical)) else {
+        return;
+    };
     let mesh = worker.mesh.current();
     let workload = pod.workload.load_full();
     let flow = Flow {
@@ -256,7 +274,8 @@ pub async fn plaintext(worker: Arc<Worker>, pod: Arc<Pod>, client: TcpStream) {
         service: None,
         cipher: None,
     };
-    let request = Request { destination: &workload, address: to, source_ip: from.ip(), peer: Peer::Plaintext };
+    let request =
+        Request { destination: &workload, address: to, source_ip: from.ip(), peer: Peer::Plaintext };
     let permit = match mesh.policies.authorize(&request) {
         Ok(permit) => permit,
         Err(denied) => return refuse(&worker, client, flow, Refusal::Denied(denied)),
@@ -264,7 +283,8 @@ pub async fn plaintext(worker: Arc<Worker>, pod: Arc<Pod>, client: TcpStream) {
     match deliver(&worker, &pod, to, flow.original_src, permit).await {
         Ok(app) => {
             let open = worker.observer.open(flow);
-            finish(open, async |open| relay::plain(&client, &app, open.progress(), stopped(open)).await).await;
+            finish(open, async |open| relay::plain(&client, &app, open.progress(), stopped(open)).await)
+                .await;
         }
         Err(error) => refuse(&worker, client, flow, outcome::unreachable(&error)),
     }

@@ -147,7 +147,9 @@ impl Enrolment {
         let namespace = netns_id(netns)?;
         if let Some(kept) = self.pods.get_mut(key) {
             let before = kept.pod.workload.load();
-            if kept.namespace == namespace && before.addresses == workload.addresses && before.cgroup == workload.cgroup
+            if kept.namespace == namespace
+                && before.addresses == workload.addresses
+                && before.cgroup == workload.cgroup
             {
                 if kept.modes != modes {
                     self.capture.set_modes(&kept.pod.socket, &modes)?;
@@ -204,7 +206,9 @@ impl Enrolment {
         }
         match self.capture.release(&kept.pod.socket) {
             Ok(()) => tracing::info!(pod = key, "pod released"),
-            Err(error) => tracing::warn!(pod = key, %error, "pod released, but kernel state of it is left behind"),
+            Err(error) => {
+                tracing::warn!(pod = key, %error, "pod released, but kernel state of it is left behind")
+            }
         }
     }
 

@@ -25,8 +25,10 @@ use crate::worker::{self, LocalPods, Worker};
 /// Runs until SIGTERM or SIGINT, then drains. Kernel state stays: STRICT holds while nobody runs.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let config = Arc::new(config);
-    let settings =
-        mesh::Settings { trust_domain: config.trust_domain.clone(), root_namespace: config.root_namespace.clone() };
+    let settings = mesh::Settings {
+        trust_domain: config.trust_domain.clone(),
+        root_namespace: config.root_namespace.clone(),
+    };
     let source = mesh::Source::directory(config.manifests.clone(), settings).context("manifests")?;
     let capture = Arc::new(
         Capture::start(capture::Config {
@@ -89,14 +91,18 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     if let Some(events) = capture.events() {
         tokio::spawn(watch_kernel(events, source.clone(), observer.clone()));
     }
-    let control = Control { config: config.clone(), source, identities, enrolment, observer: observer.clone(), pods };
+    let control =
+        Control { config: config.clone(), source, identities, enrolment, observer: observer.clone(), pods };
     tokio::spawn(control.run(readiness));
 
     tracing::info!(node = %config.node, workers = config.workers, "agent runs");
     wait_for_signal().await?;
     tracing::info!(seconds = config.drain.as_secs(), open = observer.open_connections(), "draining");
     if !drain.run(config.drain).await {
-        tracing::warn!(open = observer.open_connections(), "drain time is over: resetting what is still open");
+        tracing::warn!(
+            open = observer.open_connections(),
+            "drain time is over: resetting what is still open"
+        );
         observer.revoke(&|_| Some("agent stopped".into()));
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
@@ -144,8 +150,11 @@ impl Control {
                 Some(id) => identities_ready.not_ready(format!("no certificate for {id} yet")),
             }
             // Pods that could not be enrolled are tried again soon; a namespace replaced under its path is noticed.
-            let again =
-                if self.enrolment.failed().is_empty() { Duration::from_secs(5) } else { Duration::from_secs(1) };
+            let again = if self.enrolment.failed().is_empty() {
+                Duration::from_secs(5)
+            } else {
+                Duration::from_secs(1)
+            };
             tokio::select! {
                 changed = mesh_changes.changed() => if changed.is_err() { return },
                 changed = identity_changes.changed() => if changed.is_err() { return },
@@ -223,7 +232,9 @@ async fn watch_kernel(mut events: capture::Events, source: mesh::Source, observe
     loop {
         let event = match events.next().await {
             Ok(event) => event,
-            Err(error) => return tracing::error!(%error, "the kernel's events can no longer be read: plaintext goes uncounted"),
+            Err(error) => {
+                return tracing::error!(%error, "the kernel's events can no longer be read: plaintext goes uncounted");
+            }
         };
         let mesh = source.current();
         let Some(destination) = mesh.workload(event.local.ip()) else { continue };

@@ -84,9 +84,14 @@ impl Worker {
 
 /// What the control side tells a data thread.
 pub enum Command {
-    Serve { pod: Arc<Pod>, listeners: Listeners },
+    Serve {
+        pod: Arc<Pod>,
+        listeners: Listeners,
+    },
     /// Stop listening in the pod with this name; open connections go on.
-    Release { name: String },
+    Release {
+        name: String,
+    },
 }
 
 /// The control side's end of a data thread.

@@ -48,7 +48,7 @@ enum What {
     Echo,
     /// The same until a line arrives on standard input.
     Stream,
-    /// Send a stream, end our direction, compare the sum that comes back.
+    /// Send the message and a stream, end our direction, compare the sum that comes back.
     Upload,
     /// Read a stream to its end.
     Download,
@@ -191,7 +191,9 @@ impl Dial {
         let mut source = Source::default();
         let mut sum = Sum::default();
         let mut buffer = vec![0; 256 << 10];
-        let mut left = self.bytes;
+        stream.write_all(self.message.as_bytes())?;
+        sum.add(self.message.as_bytes());
+        let mut left = self.bytes.saturating_sub(sum.bytes);
         let mut stalled = None;
         let begun = Instant::now();
         // A write that makes no progress for this long is worth a report, once.

@@ -33,7 +33,8 @@ impl Flow {
     }
 
     pub fn summary(&self) -> String {
-        format!("{}, {} over {} connections", self.session.what, self.session.done, self.connections)
+        let connections = if self.connections == 1 { "connection" } else { "connections" };
+        format!("{}, {} over {} {connections}", self.session.what, self.session.done, self.connections)
     }
 
     fn problems(&self) -> Vec<String> {
@@ -87,7 +88,7 @@ impl fmt::Display for Table {
                 flow.session.what.to_owned(),
                 flow.path().to_owned(),
                 format!("{} → {}", short(&flow.identities[0]), short(&flow.identities[1])),
-                flow.cipher.clone(),
+                flow.cipher.trim_start_matches("TLS13_").replace("none", "–"),
                 human(flow.bytes),
                 flow.session.client_seen.to_string(),
                 wire,
@@ -114,7 +115,7 @@ impl fmt::Display for Table {
             f,
             "\nclient → server: the identities both sides proved, short for spiffe://cluster.local/ns/<namespace>/sa/\
              <account>.\nserver saw: the client's address in the server's own records (access log, pg_stat_activity,\n\
-             CLIENT LIST, processlist). capture saw: every packet between the nodes, or on the node's bridge, judged\n\
+             CLIENT LIST, processlist). capture saw: every packet between the nodes and at the server pod's port, judged\n\
              while it passed; the marker is a string that every application sends."
         )
     }

@@ -42,8 +42,8 @@ pub enum Level<'a> {
     Mesh,
     Namespace(&'a str),
     Workload(&'a Pod),
-    /// One port of a workload.
-    Port(&'a Pod, u16),
+    /// A workload, with other modes for some of its ports.
+    Ports(&'a Pod, &'a [(u16, Mode)]),
 }
 
 /// A Kubernetes object and the name of its file.
@@ -95,11 +95,15 @@ impl Lab {
                 pod.name().to_owned(),
                 json!({ "selector": selector(pod), "mtls": { "mode": mode.name() } }),
             ),
-            Level::Port(pod, port) => (
-                pod.namespace(),
-                format!("{}-{port}", pod.name()),
-                json!({ "selector": selector(pod), "portLevelMtls": { (port.to_string()): { "mode": mode.name() } } }),
-            ),
+            Level::Ports(pod, ports) => {
+                let of_port = |(port, mode): &(u16, Mode)| (port.to_string(), json!({ "mode": mode.name() }));
+                let ports: serde_json::Map<_, _> = ports.iter().map(of_port).collect();
+                (
+                    pod.namespace(),
+                    pod.name().to_owned(),
+                    json!({ "selector": selector(pod), "mtls": { "mode": mode.name() }, "portLevelMtls": ports }),
+                )
+            }
         };
         self.write(&Manifest {
             file: format!("peerauthentication-{namespace}-{name}.yaml"),

@@ -156,9 +156,9 @@ impl Lab {
         Wire::watch(&self.wire, "port1")
     }
 
-    /// Watches what crosses a node's own bridge between its pods.
-    pub fn watch_node(&self, node: &str) -> Result<Wire> {
-        Wire::watch(self.node(node)?.netns(), "cni0")
+    /// Watches everything that enters or leaves a pod by its network.
+    pub fn watch_pod(&self, pod: &Pod) -> Result<Wire> {
+        Wire::watch(pod.node().netns(), &pod.port_on_node())
     }
 
     /// Requirements every lab has.

@@ -206,6 +206,11 @@ impl Pod {
         SocketAddr::new(self.ip6(), port)
     }
 
+    /// The node's end of the pod's network.
+    pub(crate) fn port_on_node(&self) -> String {
+        format!("pod{}", self.index)
+    }
+
     /// A command inside the pod.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         process::command(program, self.netns.fd(), &self.cgroup)

@@ -193,6 +193,16 @@ impl Running {
         })
     }
 
+    /// Waits for one more JSON line with the given key than there were earlier.
+    pub fn json_after(&self, key: &str, earlier: usize) -> Result<Value> {
+        let mut count = 0;
+        self.line(&format!("line {} with {key:?}", earlier + 1), |line| {
+            let value = serde_json::from_str::<Value>(line).ok().filter(|value| value.get(key).is_some())?;
+            count += 1;
+            (count > earlier).then_some(value)
+        })
+    }
+
     /// Every JSON line printed so far that has the given key.
     pub fn all_json_with(&self, key: &str) -> Vec<Value> {
         let state = self.output.lock();

@@ -59,18 +59,19 @@ fn a_large_transfer_arrives_with_its_checksum() -> Result<()> {
 /// Runs sessions from both clients under a capture, and checks what the server believed and what the wire saw.
 fn each(scene: &Scene, sessions: impl Fn(&Pod) -> Result<Vec<Session>>) -> Result<()> {
     for client in scene.clients() {
-        let (wire, bridge) = (scene.lab.watch_wire()?, scene.lab.watch_node("node-b")?);
+        let (wire, port) = (scene.lab.watch_wire()?, scene.lab.watch_pod(&scene.server)?);
         for session in sessions(client)? {
             println!("{}: {session:?}", client.name());
             assert_eq!(session.client_seen, client.ip(), "{session:?}");
         }
-        let (wire, bridge) = (wire.finish()?, bridge.finish()?);
+        let (wire, port) = (wire.finish()?, port.finish()?);
         if client.node().name() == "node-a" {
             wire.encrypted(client, &scene.server)?;
+            port.encrypted(client, &scene.server)?;
         } else {
-            assert_eq!(flows(&wire, client, scene) + flows(&bridge, client, scene), 0, "{bridge:?}");
+            assert_eq!(flows(&wire, client, scene) + flows(&port, client, scene), 0, "{port:?}");
         }
-        assert_eq!(wire.markers() + bridge.markers(), 0);
+        assert_eq!(wire.markers() + port.markers(), 0);
     }
     Ok(())
 }

@@ -108,7 +108,7 @@ fn a_kernel_that_refuses_is_named_with_the_remedy() -> Result<()> {
     command.args(&args);
     let finished = Running::start(command)?.finish_within(Duration::from_secs(20))?;
     assert!(!finished.status.success(), "it claims to run without CAP_BPF");
-    assert!(finished.stderr.contains("CAP_BPF"), "{}", finished.stderr);
+    assert!(finished.stderr.contains("capability CAP_"), "{}", finished.stderr);
     // A directory that is no bpffs cannot hold what must outlive the agent.
     let plain = scene.lab.dir().join("plain");
     std::fs::create_dir_all(&plain)?;

@@ -43,7 +43,7 @@ fn bytes_of_one_node_stay_off_its_bridge() -> Result<()> {
     let outsider = scene.lab.outsider("node-b", "outsider")?;
     let _echo = scene.server.serve(&["echo", "--listen", "[::]:7000"])?;
     let _plain = outsider.serve(&["echo", "--listen", "[::]:7000"])?;
-    let bridge = scene.lab.watch_node("node-b")?;
+    let bridge = scene.lab.watch_pod(&scene.near)?;
     let to = scene.server.addr(7000).to_string();
     assert_echoed(&scene.near.app(&["dial", "echo", &to, "--message", MARKER])?);
     // The capture would see it: this one goes to a pod that isn't enrolled.
@@ -67,7 +67,7 @@ fn one_node_can_be_told_to_encrypt_too() -> Result<()> {
     needs!();
     let scene = Scene::with(&Options { same_node: "encrypt", ..Options::default() })?;
     let _echo = scene.server.serve(&["echo", "--listen", "[::]:7000"])?;
-    let bridge = scene.lab.watch_node("node-b")?;
+    let bridge = scene.lab.watch_pod(&scene.server)?;
     let to = scene.server.addr(7000).to_string();
     assert_echoed(&scene.near.app(&["dial", "echo", &to, "--message", MARKER])?);
     bridge.finish()?.encrypted(&scene.near, &scene.server)?;
@@ -89,7 +89,7 @@ fn traffic_of_and_to_others_is_left_alone() -> Result<()> {
         assert_echoed(&answer);
         let seen = wire.finish()?;
         assert_eq!(seen.between(client, &outsider).map(|flow| flow.markers).sum::<u64>(), 2, "{seen:?}");
-        let accepted = address(&plain.all_json_with("accepted")[before]["accepted"])?;
+        let accepted = address(&plain.json_after("accepted", before)?["accepted"])?;
         assert_eq!(accepted.ip(), client.ip());
         // Nobody stands between two pods that are not enrolled.
         if !Arc::ptr_eq(client, &scene.far) {

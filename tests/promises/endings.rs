@@ -1,9 +1,6 @@
 //! Ends of streams: half-closes, resets and refusals arrive as what they were, never as something milder.
 
-use std::time::Duration;
-
 use anyhow::Result;
-use mtls_tests::eventually;
 
 use crate::{Scene, assert_echoed, needs};
 
@@ -21,8 +18,7 @@ fn either_end_may_stop_sending_first() -> Result<()> {
         let answer =
             client.app(&["dial", "send-last", &scene.server.addr(7001).to_string(), "--bytes", "3000001"])?;
         assert!(answer["before"] == 8 && answer["sent"] == 3_000_001 && answer["ended"] == "eof", "{answer}");
-        let ended = eventually(Duration::from_secs(5), || last.all_json_with("ended").get(before).cloned());
-        let ended = ended.expect("the server never saw the end");
+        let ended = last.json_after("ended", before)?;
         assert!(ended["ended"] == "eof" && ended["sum"] == answer["sum"], "{ended}, {answer}");
     }
     Ok(())
@@ -58,14 +54,12 @@ fn a_reset_by_the_client_is_a_reset_at_the_server() -> Result<()> {
     for client in scene.clients() {
         let before = echo.all_json_with("ended").len();
         client.app(&["dial", "abort", &scene.server.addr(7000).to_string()])?;
-        let ended = eventually(Duration::from_secs(5), || echo.all_json_with("ended").get(before).cloned());
-        let ended = ended.expect("the server never saw the end");
+        let ended = echo.json_after("ended", before)?;
         assert_eq!(ended["ended"], "reset", "from {}: {ended}", client.name());
         // And a clean end is still a clean end.
         assert_echoed(&client.app(&["dial", "echo", &scene.server.addr(7000).to_string()])?);
-        let ended =
-            eventually(Duration::from_secs(5), || echo.all_json_with("ended").get(before + 1).cloned());
-        assert_eq!(ended.expect("no end")["ended"], "eof", "from {}", client.name());
+        let ended = echo.json_after("ended", before + 1)?;
+        assert_eq!(ended["ended"], "eof", "from {}: {ended}", client.name());
     }
     Ok(())
 }

@@ -30,6 +30,7 @@ fn strict_refuses_a_stranger_at_once_and_permissive_serves_and_counts_him() -> R
 
     scene.lab.peer_authentication(Level::Mesh, Mode::Strict)?;
     refused_soon(&scene, &intruders[0], &addresses[0])?;
+    // What was served while it was permissive.
     let before = echo.all_json_with("accepted").len();
     for intruder in &intruders {
         for to in &addresses {
@@ -38,11 +39,18 @@ fn strict_refuses_a_stranger_at_once_and_permissive_serves_and_counts_him() -> R
             assert!(answer["ms"].as_f64() < Some(300.0), "not an RST but a silence: {answer}");
         }
     }
-    assert_eq!(echo.all_json_with("accepted").len(), before, "the application saw the intruder");
+    let mut members = Vec::new();
     for client in scene.clients() {
         for to in &addresses {
-            assert_echoed(&client.app(&["dial", "echo", to])?);
+            let answer = client.app(&["dial", "echo", to])?;
+            assert_echoed(&answer);
+            members.push(crate::address(&answer["local"])?);
         }
+    }
+    // The application has seen its members, each once, and no intruder between them.
+    for (position, member) in members.iter().enumerate() {
+        let accepted = echo.json_after("accepted", before + position)?;
+        assert_eq!(crate::address(&accepted["accepted"])?, *member);
     }
     Ok(())
 }
@@ -62,11 +70,10 @@ fn the_narrower_level_wins() -> Result<()> {
     served_soon(&intruder, &main)?;
     scene.lab.peer_authentication(Level::Workload(&scene.server), Mode::Strict)?;
     refused_soon(&scene, &intruder, &main)?;
-    scene.lab.peer_authentication(Level::Port(&scene.server, 7001), Mode::Permissive)?;
+    scene.lab.peer_authentication(Level::Ports(&scene.server, &[(7001, Mode::Permissive)]), Mode::Strict)?;
     served_soon(&intruder, &other)?;
     assert_refused(&intruder.app(&["dial", "echo", &main])?);
-    scene.lab.peer_authentication(Level::Workload(&scene.server), Mode::Permissive)?;
-    scene.lab.peer_authentication(Level::Port(&scene.server, 7001), Mode::Strict)?;
+    scene.lab.peer_authentication(Level::Ports(&scene.server, &[(7001, Mode::Strict)]), Mode::Permissive)?;
     refused_soon(&scene, &intruder, &other)?;
     served_soon(&intruder, &main)?;
     // Whatever the mode, workloads of the mesh get through.
@@ -149,8 +156,12 @@ fn the_kubelet_may_probe_a_strict_pod_and_nobody_else() -> Result<()> {
         refused_soon(&scene, &intruder, &to)?;
         let before = echo.all_json_with("accepted").len();
         assert_echoed(&own.app(&["dial", "echo", &to])?);
-        let probe = &echo.all_json_with("accepted")[before]["accepted"];
-        assert_eq!(crate::address(probe)?.ip().to_string(), from, "the probe's own source address");
+        let probe = echo.json_after("accepted", before)?;
+        assert_eq!(
+            crate::address(&probe["accepted"])?.ip().to_string(),
+            from,
+            "the probe's own source address"
+        );
         // The other node's kubelet has no business here, nor has a neighbour.
         assert_refused(&scene.lab.node("node-a")?.app(&["dial", "echo", &to])?);
         assert_refused(&intruder.app(&["dial", "echo", &to])?);

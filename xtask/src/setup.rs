@@ -20,11 +20,12 @@ struct Need {
     why: &'static str,
 }
 
-const NEEDS: [Need; 12] = [
+const NEEDS: [Need; 13] = [
     Need { what: "cc", package: "build-essential", why: "a C compiler, for the cryptographic library" },
     Need { what: "ip", package: "iproute2", why: "the lab's network namespaces" },
     Need { what: "setpriv", package: "util-linux", why: "servers that refuse to run as root" },
     Need { what: "curl", package: "curl", why: "the lab's HTTP client" },
+    Need { what: "openssl", package: "openssl", why: "the lab's other opinion about TLS" },
     Need { what: "nginx", package: "nginx-light", why: "an application of the lab" },
     Need { what: "wrk", package: "wrk", why: "load for nginx" },
     Need { what: "initdb", package: "postgresql", why: "an application of the lab" },

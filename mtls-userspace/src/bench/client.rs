@@ -147,6 +147,11 @@ impl Tally {
             p999: at(0.999),
             max: self.latency.max() as f64 / 1e3,
         });
-        Report { seconds: elapsed.as_secs_f64(), bytes: self.bytes, exchanges: self.latency.len(), latency_us }
+        Report {
+            seconds: elapsed.as_secs_f64(),
+            bytes: self.bytes,
+            exchanges: self.latency.len(),
+            latency_us,
+        }
     }
 }

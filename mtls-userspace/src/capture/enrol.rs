@@ -5,17 +5,18 @@
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
 use std::sync::Arc;
 
 use ipnet::IpNet;
 use mtls_common::{ListenerKey, Local, ModeKey, Pod, claim, listener, map};
 
 use super::address::words;
-use super::capture::{Capture, captured, gone, on};
 use super::error::Error;
 use super::kernel::Control;
 use super::modes::{KernelModes, Step};
 use super::netns::Netns;
+use super::node::{Capture, captured, gone, on};
 use super::pin::Pins;
 use super::pod::LocalPod;
 use super::{Enrolled, Enrolment, Listeners, listen, preflight};
@@ -42,7 +43,7 @@ impl Capture {
         if netns.cookie() == self.host_netns {
             return Err(Error::HostNetwork { pod: pod.name.into() });
         }
-        let cgroup = pod.cgroup.map(preflight::cgroup_id).transpose()?;
+        let cgroup = pod.cgroup.map(|path| self.visible_cgroup(pod.name, path)).transpose()?;
         let found = netns.addresses().map_err(failed("reading its addresses"))?;
         let sources =
             sources(pod.addresses, &found).ok_or_else(|| Error::NoAddress { pod: pod.name.into() })?;
@@ -58,6 +59,16 @@ impl Capture {
         state.control.pods.insert(netns.cookie(), row, 0).map_err(on(map::PODS, "writing"))?;
         let pod = LocalPod { name: pod.name.into(), netns, flows: self.flows.clone() };
         Ok(Enrolled { pod: Arc::new(pod), listeners })
+    }
+
+    fn visible_cgroup(&self, pod: &str, path: &Path) -> Result<u64, Error> {
+        let id = preflight::cgroup_id(path)?;
+        let real = path.canonicalize().map_err(|source| Error::Cgroup { path: path.into(), source })?;
+        if real.starts_with(&self.cgroup_root) {
+            Ok(id)
+        } else {
+            Err(Error::OutOfSight { pod: pod.into(), path: path.into(), root: self.cgroup_root.clone() })
+        }
     }
 
     /// Changes a pod's modes. No port is laxer in between than before and after.

@@ -47,6 +47,10 @@ pub enum Error {
     Netns { pod: String, path: PathBuf, what: &'static str, source: io::Error },
     #[error("cgroup {path}: not found or not readable")]
     Cgroup { path: PathBuf, source: io::Error },
+    #[error(
+        "cgroup {path} of pod {pod} is outside {root}, so that its connections would not be seen; give a --cgroup-root above it"
+    )]
+    OutOfSight { pod: String, path: PathBuf, root: PathBuf },
     #[error("pod {pod} is on the node's own network; such pods can't be enrolled")]
     HostNetwork { pod: String },
     #[error("registering the agent with its own hooks")]

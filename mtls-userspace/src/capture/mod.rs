@@ -6,7 +6,7 @@
 //! [`Capture::retain`] undo it.
 
 mod address;
-mod capture;
+
 mod diag;
 mod enrol;
 mod error;
@@ -15,6 +15,7 @@ mod kernel;
 mod listen;
 mod modes;
 mod netns;
+mod node;
 mod pin;
 mod pod;
 mod preflight;
@@ -26,11 +27,11 @@ use std::sync::Arc;
 
 use crate::policy::PortModes;
 
-pub use capture::Capture;
 pub use error::Error;
 pub use events::{Event, EventKind, Events};
 pub use listen::loopback_leg;
 pub use mtls_common::{OUTBOUND_PORT, PLAINTEXT_PORT, TUNNEL_PORT};
+pub use node::Capture;
 pub use pod::LocalPod;
 
 pub struct Config {

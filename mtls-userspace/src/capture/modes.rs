@@ -128,15 +128,22 @@ mod tests {
 
     #[test]
     fn judged_plaintext_goes_to_the_agent_and_strict_stays_strict() {
-        let modes =
-            PortModes { default: Mode::Permissive, ports: BTreeMap::from([(80, Mode::Strict)]), judged: true };
+        let modes = PortModes {
+            default: Mode::Permissive,
+            ports: BTreeMap::from([(80, Mode::Strict)]),
+            judged: true,
+        };
         let modes = KernelModes::from(&modes);
         assert_eq!((modes.of(80), modes.of(81)), (mode::STRICT, mode::PROXY));
     }
 
     #[test]
     fn a_strict_port_of_a_permissive_pod_stays_strict() {
-        let modes = PortModes { default: Mode::Permissive, ports: BTreeMap::from([(80, Mode::Strict)]), judged: false };
+        let modes = PortModes {
+            default: Mode::Permissive,
+            ports: BTreeMap::from([(80, Mode::Strict)]),
+            judged: false,
+        };
         let modes = KernelModes::from(&modes);
         assert_eq!((modes.of(80), modes.of(81)), (mode::STRICT, mode::PERMISSIVE));
     }

@@ -15,7 +15,7 @@ use super::error::Error;
 
 const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 
-/// A cgroup2 directory.
+/// A cgroup2 directory, its path without symbolic links.
 #[derive(Debug)]
 pub(super) struct Cgroup {
     pub path: PathBuf,
@@ -35,6 +35,7 @@ impl Cgroup {
         if filesystem.filesystem_type() != CGROUP2_SUPER_MAGIC {
             return Err(not_cgroup(None));
         }
+        let path = path.canonicalize().map_err(|error| not_cgroup(Some(error)))?;
         let file = File::open(&path).map_err(|error| not_cgroup(Some(error)))?;
         let id = file.metadata().map_err(|error| not_cgroup(Some(error)))?.ino();
         Ok(Self { path, file, id })

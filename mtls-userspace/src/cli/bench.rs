@@ -44,7 +44,9 @@ impl Bench {
     pub fn run(self) -> anyhow::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         match self.end {
-            End::Server { listen } => runtime.block_on(bench::serve(listen)).context(format!("serving on {listen}")),
+            End::Server { listen } => {
+                runtime.block_on(bench::serve(listen)).context(format!("serving on {listen}"))
+            }
             End::Client { to, workload, connections, size, seconds } => {
                 ensure!((1..=1 << 20).contains(&size), "--size must be between 1 and 1048576");
                 let load = Load { workload, connections, size, duration: Duration::from_secs(seconds) };

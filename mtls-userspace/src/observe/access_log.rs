@@ -138,9 +138,14 @@ impl Writer {
     fn take(&mut self, record: Record, lines: &mut String) -> Option<SyncSender<()>> {
         let fields = match &record {
             Record::Flush(done) => return Some(done.clone()),
-            Record::Ended { at, open, duration, ending } => {
-                fields(*at, &open.flow, (open.progress.sent(), open.progress.received()), *duration, ending.as_str(), ending.reason())
-            }
+            Record::Ended { at, open, duration, ending } => fields(
+                *at,
+                &open.flow,
+                (open.progress.sent(), open.progress.received()),
+                *duration,
+                ending.as_str(),
+                ending.reason(),
+            ),
             Record::Refused { at, flow, refusal } => {
                 fields(*at, flow, (0, 0), Duration::ZERO, "refused", Some(refusal.to_string()))
             }

@@ -43,7 +43,6 @@ pub(super) struct Events {
     pub handshake_failures: Family<HandshakeFailureLabels, Counter>,
     pub tunnels_opened: Family<DirectionLabels, Counter>,
     pub tunnels_reused: Family<DirectionLabels, Counter>,
-    pub capture_events_lost: Counter,
     pub revoked: Counter,
     pub refused_total: AtomicU64,
     pub refused: Bounded<RefusedLabels, AtomicU64>,
@@ -152,7 +151,6 @@ impl Events {
             handshake_failures: Family::default(),
             tunnels_opened: Family::default(),
             tunnels_reused: Family::default(),
-            capture_events_lost: Counter::default(),
             revoked: Counter::default(),
             refused_total: AtomicU64::new(0),
             refused: Bounded::new(cap, idle),
@@ -176,11 +174,6 @@ impl Events {
             "mtls_tunnels_reused",
             "Connections carried by a tunnel that an earlier connection opened",
             self.tunnels_reused.clone(),
-        );
-        registry.register(
-            "mtls_capture_events_lost",
-            "Kernel events that found their ring buffer full",
-            self.capture_events_lost.clone(),
         );
         registry.register(
             "mtls_connections_revoked",

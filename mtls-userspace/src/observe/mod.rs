@@ -206,10 +206,6 @@ impl Observer {
         self.inner.events.plaintext.entry(&labels).value.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub fn capture_events_lost(&self, count: u64) {
-        self.inner.events.capture_events_lost.inc_by(count);
-    }
-
     /// Where certificates are asked for at scrape time.
     pub fn set_identities(&self, ask: Arc<dyn Fn() -> Vec<IdentityRow> + Send + Sync>) {
         self.inner.providers.set_identities(ask);

@@ -7,11 +7,11 @@ use std::pin::pin;
 use std::task::{Context, Poll, ready};
 
 use socket2::SockRef;
-use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 use crate::tunnel::{Buffer, Size, failed, finish_on_close, receive, reset_on_close, send};
 
+use super::watch::Watch;
 use super::{End, Progress, Report, is_reset};
 
 const TURN: usize = 512 * 1024;
@@ -29,20 +29,19 @@ pub async fn plain(
     reset_on_close(b);
     let end = {
         let mut stop = pin!(stop);
-        let mut a_error = pin!(a.ready(Interest::ERROR));
-        let mut b_error = pin!(b.ready(Interest::ERROR));
-        let mut watched = false;
+        let mut watch = None;
         let (mut forth, mut back) = (Copy::new(a, b), Copy::new(b, a));
         std::future::poll_fn(|cx| {
             if stop.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(End::Revoked);
             }
-            if !watched {
-                watched = true;
-                let _ = a_error.as_mut().poll(cx);
-                let _ = b_error.as_mut().poll(cx);
+            let polled = poll_both(&mut forth, &mut back, progress, cx);
+            if polled.is_pending() && watch.is_none() && !(forth.reads() && back.reads()) {
+                watch = Some(Watch::new(a, b, cx));
+                // The failure may have come before the watch.
+                return poll_both(&mut forth, &mut back, progress, cx);
             }
-            poll_both(&mut forth, &mut back, progress, cx)
+            polled
         })
         .await
     };
@@ -134,6 +133,11 @@ impl<'a> Copy<'a> {
             dead: false,
             turn: 0,
         }
+    }
+
+    /// Whether the source is being read, so that its reset is met there.
+    fn reads(&self) -> bool {
+        self.buffer.is_none() && !self.ended && !self.dead
     }
 
     fn poll(

@@ -11,7 +11,6 @@ use std::pin::pin;
 use std::task::{Context, Poll, ready};
 
 use socket2::SockRef;
-use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 use crate::tunnel::{
@@ -19,6 +18,7 @@ use crate::tunnel::{
     failed, finish_on_close, receive, receive_vectored, reset_on_close, send, send_vectored,
 };
 
+use super::watch::Watch;
 use super::{End, Progress, Report, is_reset};
 
 /// Bytes after which a connection lets the worker's others have their turn.
@@ -51,20 +51,18 @@ pub async fn tunnelled(
             rejection: None,
         };
         let mut stop = pin!(stop);
-        // Reset is to be noticed even while nobody reads or writes that socket.
-        let mut app_error = pin!(app.ready(Interest::ERROR));
-        let mut tunnel_error = pin!(tunnel.ready(Interest::ERROR));
-        let mut watched = false;
+        let mut watch = None;
         std::future::poll_fn(|cx| {
             if stop.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(End::Revoked);
             }
-            if !watched {
-                watched = true;
-                let _ = app_error.as_mut().poll(cx);
-                let _ = tunnel_error.as_mut().poll(cx);
+            let polled = relay.poll(cx);
+            if polled.is_pending() && watch.is_none() && !relay.reads_both() {
+                watch = Some(Watch::new(app, tunnel, cx));
+                // The failure may have come before the watch.
+                return relay.poll(cx);
             }
-            relay.poll(cx)
+            polled
         })
         .await
     };
@@ -137,6 +135,12 @@ impl Relay<'_> {
             }
             Poll::Pending => Poll::Pending,
         }
+    }
+
+    /// Whether both sockets are being read, so that a reset is met there.
+    fn reads_both(&self) -> bool {
+        let up = self.up.buffer.is_none() && !self.codec.order.outbound_ended();
+        up && !self.codec.incoming.has_plaintext()
     }
 
     fn poll_both(&mut self, cx: &mut Context<'_>) -> Step {
@@ -262,7 +266,11 @@ impl Relay<'_> {
         }
         self.up.turn += total;
         // The application is the connection's source where the tunnel's client is.
-        if self.codec.order.is_client() { self.progress.add_sent(total) } else { self.progress.add_received(total) }
+        if self.codec.order.is_client() {
+            self.progress.add_sent(total)
+        } else {
+            self.progress.add_received(total)
+        }
         self.up.end = end;
         self.up.buffer = Some(buffer);
         Ok(true)
@@ -363,7 +371,11 @@ impl Relay<'_> {
             };
             match written {
                 Ok(n) => {
-                    if self.codec.order.is_client() { self.progress.add_received(n) } else { self.progress.add_sent(n) }
+                    if self.codec.order.is_client() {
+                        self.progress.add_received(n)
+                    } else {
+                        self.progress.add_sent(n)
+                    }
                     self.down.turn += n;
                     let mut offset = self.down.offset + n;
                     while let Some(&(_, length)) = ranges.get(self.down.delivered)
@@ -391,4 +403,12 @@ impl Relay<'_> {
 fn yield_turn(cx: &mut Context<'_>) -> Step {
     let _ = pin!(tokio::task::yield_now()).poll(cx);
     Poll::Pending
+}
+
+#[cfg(test)]
+pub(super) fn size_of_future() -> usize {
+    fn of<'a, F>(_: impl FnOnce(&'a TcpStream, &'a mut Stream, &'a Progress) -> F) -> usize {
+        size_of::<F>()
+    }
+    of(|app, stream, progress| tunnelled(app, stream, progress, std::future::pending()))
 }

@@ -32,7 +32,7 @@ impl Acceptor {
     pub async fn accept(&self, tcp: TcpStream, identity: &Arc<Identity>) -> Result<ServerTunnel, Error> {
         let config = &*self.config;
         let configs = config.tls.of(identity)?;
-        socket::prepare_tunnel(&tcp, config.user_timeout)?;
+        socket::prepare_tunnel(&tcp, config.retransmit, config.receive_buffer)?;
         let shaking = Box::pin(handshake::server(&tcp, identity, &configs, config.rekey_after));
         let established = timeout(config.handshake_timeout, shaking)
             .await

@@ -388,3 +388,7 @@ fn post_handshake(mut bytes: &[u8], kernel: &mut Kernel, rest: &mut Vec<u8>) -> 
     rest.extend_from_slice(bytes);
     Ok(key_update)
 }
+
+#[cfg(test)]
+#[path = "codec_tests.rs"]
+mod tests;

@@ -81,7 +81,7 @@ impl Connector {
             .await
             .map_err(|_| Error::ConnectTimedOut { address, waited: config.connect_timeout })?
             .map_err(|source| Error::Connect { address, source })?;
-        socket::prepare_tunnel(&tcp, config.user_timeout)?;
+        socket::prepare_tunnel(&tcp, config.retransmit, config.receive_buffer)?;
         let shaking = handshake::client(&tcp, identity, &configs, config.rekey_after);
         let established = timeout(config.handshake_timeout, shaking)
             .await

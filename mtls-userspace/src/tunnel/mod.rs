@@ -32,7 +32,10 @@ mod verify;
 
 pub use acceptor::{Acceptor, Request, ServerTunnel};
 pub use connector::{Connector, Target};
-pub use frame::{Frame, FrameError, MAX_DETAIL, MAX_TRACE, Open, Order, RejectReason, Rejection, Role};
+pub use frame::{
+    Frame, FrameError, MAX_DETAIL, MAX_OPEN, MAX_REJECT, MAX_TRACE, Open, Order, RejectReason, Rejection,
+    Role,
+};
 pub use record::{ContentType, Opener, RecordError, Sealer, whole_record};
 pub use stream::Stream;
 pub use tls::TlsConfigs;
@@ -42,8 +45,15 @@ pub(crate) use buffer::{Buffer, HEADROOM, SLOT, SLOT_DATA, SLOTS, Size};
 pub(crate) use codec::{Codec, MAX_RANGES, Pulled};
 pub(crate) use frame::MAX_DATA;
 pub(crate) use socket::{
-    failed, finish_on_close, receive, receive_vectored, reset_on_close, send, send_vectored,
+    UNSENT, bound_receive, failed, finish_on_close, receive, receive_vectored, reset_on_close, send,
+    send_vectored,
 };
+
+/// A tunnel's memory besides its socket, its keys and its peer's certificate.
+#[cfg(test)]
+pub(crate) fn session_size() -> usize {
+    size_of::<stream::Session>()
+}
 
 /// Limits and times of the tunnels; shared by all workers, because sessions resume across them.
 #[derive(Debug)]
@@ -55,8 +65,12 @@ pub struct Config {
     /// Client side; must be shorter than the server's, so that the client never takes a tunnel that is just closing.
     pub idle_client: Duration,
     pub idle_server: Duration,
-    /// `TCP_USER_TIMEOUT`: how long sent bytes may stay unacknowledged.
-    pub user_timeout: Duration,
+    /// Longest wait between TCP retransmissions: fifteen of them without an answer end a tunnel to a dead peer, with
+    /// two seconds after about half a minute. Kernels before 6.15 wait longer.
+    pub retransmit: Duration,
+    /// A tunnel's receive buffer, which bounds how far a writer runs ahead of a reader that sleeps; `None` leaves it
+    /// to the kernel's tuning. 2 MiB are 16 Gbit/s at a millisecond's round trip.
+    pub receive_buffer: Option<usize>,
     /// Idle tunnels a worker keeps to one destination, and in all.
     pub idle_per_destination: usize,
     pub idle_total: usize,
@@ -73,7 +87,8 @@ impl Default for Config {
             handshake_timeout: Duration::from_secs(10),
             idle_client: Duration::from_secs(60),
             idle_server: Duration::from_secs(90),
-            user_timeout: Duration::from_secs(30),
+            retransmit: Duration::from_secs(2),
+            receive_buffer: Some(2 << 20),
             idle_per_destination: 64,
             idle_total: 1024,
             rekey_after: 1 << 22,

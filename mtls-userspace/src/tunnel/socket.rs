@@ -2,6 +2,7 @@
 //! options of sockets on either side of a tunnel. Nothing here waits.
 
 use std::io::{self, IoSlice, IoSliceMut, Read};
+use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use socket2::{SockRef, TcpKeepalive};
@@ -125,17 +126,57 @@ pub(crate) fn finish_on_close(socket: &TcpStream) {
     let _ = SockRef::from(socket).set_linger(None);
 }
 
-/// Options of a socket that carries a tunnel.
-pub(crate) fn prepare_tunnel(socket: &TcpStream, user_timeout: Duration) -> io::Result<()> {
+/// Bytes that may wait unsent in a socket's send buffer: beyond what the receiver's window takes, they would only let
+/// a writer run further ahead of a reader that sleeps.
+pub(crate) const UNSENT: u32 = 512 * 1024;
+
+/// Options of a socket that carries a tunnel. `receive` bounds what is received ahead of a reader that sleeps.
+///
+/// Not `TCP_USER_TIMEOUT`: it also counts the time a live peer's window is closed, and so ends the connection of a
+/// reader that sleeps (`tcp_probe_timer`).
+pub(crate) fn prepare_tunnel(
+    socket: &TcpStream,
+    retransmit: Duration,
+    receive: Option<usize>,
+) -> io::Result<()> {
     let socket = SockRef::from(socket);
     socket.set_tcp_nodelay(true)?;
-    socket.set_tcp_user_timeout(Some(user_timeout))?;
+    socket.set_tcp_notsent_lowat(UNSENT)?;
+    // Kernels before 6.15 have no such option and keep their longer waits.
+    let _ = set_rto_max(&socket, retransmit);
+    if let Some(bytes) = receive {
+        bound_receive(&socket, bytes)?;
+    }
     socket.set_tcp_keepalive(
         &TcpKeepalive::new()
             .with_time(Duration::from_secs(30))
             .with_interval(Duration::from_secs(10))
             .with_retries(3),
     )
+}
+
+fn set_rto_max(socket: &socket2::Socket, longest: Duration) -> io::Result<()> {
+    /// linux/tcp.h; libc does not name it yet.
+    const TCP_RTO_MAX_MS: libc::c_int = 44;
+    let milliseconds = libc::c_int::try_from(longest.as_millis()).unwrap_or(libc::c_int::MAX);
+    // SAFETY: the pointer and length describe one c_int that lives through the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            TCP_RTO_MAX_MS,
+            (&raw const milliseconds).cast(),
+            size_of_val(&milliseconds) as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Fixes the receive buffer; a window clamp alone is undone by the kernel's tuning. Where the host allows less, less
+/// it is.
+pub(crate) fn bound_receive(socket: &socket2::Socket, bytes: usize) -> io::Result<()> {
+    // The kernel doubles what is asked for, to cover its own overhead.
+    socket.set_recv_buffer_size(bytes / 2)
 }
 
 /// Whether the kernel has reported an error on the socket that nobody has met in a call yet.

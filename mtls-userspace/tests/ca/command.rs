@@ -88,7 +88,11 @@ async fn a_port_taken_or_a_file_missing_is_a_clear_error() {
     std::fs::write(&tokens, format!("node-a: {TOKEN_A}")).unwrap();
     let in_use = run().await;
     assert!(in_use.contains(&address) && in_use.contains("in use"), "{in_use}");
-    std::fs::write(dir.path().join("broken.yaml"), "kind: Pod\napiVersion: v1\nmetadata: {name: x}\nspec: 7\n").unwrap();
+    std::fs::write(
+        dir.path().join("broken.yaml"),
+        "kind: Pod\napiVersion: v1\nmetadata: {name: x}\nspec: 7\n",
+    )
+    .unwrap();
     let broken = run().await;
     assert!(broken.contains("broken.yaml") && broken.contains("spec"), "{broken}");
 }

@@ -56,6 +56,12 @@ def dial():
     sock.settimeout(deadline)
     if how == "bound":
         sock.bind((detail, 0))
+    elif how == "bound-exactly":
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        host, _, own = detail.rpartition(":")
+        sock.bind((host, int(own)))
+    elif how == "v6only":
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
     elif how == "bound-port":
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((detail, 45454))
@@ -108,12 +114,29 @@ def udp():
     return sock
 
 
+def congestion(sock):
+    if sock.type != socket.SOCK_STREAM:
+        return ""
+    return sock.getsockopt(socket.IPPROTO_TCP, 13, 16).rstrip(b"\0").decode()
+
+
+def many(count):
+    """Opens and closes that many connections, one after the other, and is always the one that closes first."""
+    for _ in range(count):
+        with socket.create_connection((address, port), timeout=deadline) as sock:
+            sock.shutdown(socket.SHUT_WR)
+            while sock.recv(4096):
+                pass
+
+
 def show(name):
     return [name[0], name[1]]
 
 
 start = time.monotonic()
 try:
+    if how == "many":
+        many(int(detail))
     sock = udp() if how == "udp" else dial()
     line = b""
     while not line.endswith(b"\n"):
@@ -121,7 +144,7 @@ try:
         if not chunk:
             break
         line += chunk
-    seen = {"local": show(sock.getsockname()), "peer": show(sock.getpeername()), "reply": json.loads(line or "null")}
+    seen = {"local": show(sock.getsockname()), "peer": show(sock.getpeername()), "congestion": congestion(sock), "reply": json.loads(line or "null")}
     if how == "hold":
         print(json.dumps(seen), flush=True)
         try:

@@ -32,7 +32,8 @@ fn strict_refuses_plaintext_at_once_and_permissive_takes_it() {
     }
     assert_eq!(pair.counter("plaintext_accepted"), 2);
 
-    let one = PortModes { default: Mode::Disable, ports: BTreeMap::from([(8090, Mode::Strict)]), judged: false };
+    let one =
+        PortModes { default: Mode::Disable, ports: BTreeMap::from([(8090, Mode::Strict)]), judged: false };
     pair.capture.set_modes(&pair.local, &one).unwrap();
     assert!(stranger.dial("plain", at(pair.server.v4, 8080)).is_ok());
     assert_eq!(stranger.dial("plain", at(pair.server.v4, 8090)).error(), "ECONNREFUSED");
@@ -61,7 +62,7 @@ fn the_nodes_own_probe_reaches_a_strict_pod_and_nobody_elses_does() {
     let pair = Pair::new(&lab);
     let (kubelet, guest, stranger) = (lab.host("kubelet"), lab.host("guest"), lab.pod("stranger"));
     let _server = pair.server.serve(&["v4:8080", "dual:8081"]);
-    pair.capture.set_untrusted_cgroups(&[guest.cgroup.clone()]).unwrap();
+    pair.capture.set_untrusted_cgroups(std::slice::from_ref(&guest.cgroup)).unwrap();
 
     for (to, own) in [(at(pair.server.v4, 8080), kubelet.v4), (at(pair.server.v6, 8081), kubelet.v6)] {
         kubelet.dial("plain", to).is_transparent(own, to);
@@ -226,7 +227,8 @@ fn a_change_to_strict_ends_open_plaintext_and_nothing_else() {
         assert!(client.seen().is_ok());
     }
     assert_eq!(pair.agent.delivered(), 1);
-    let strict = PortModes { default: Mode::Permissive, ports: BTreeMap::from([(8080, Mode::Strict)]), judged: false };
+    let strict =
+        PortModes { default: Mode::Permissive, ports: BTreeMap::from([(8080, Mode::Strict)]), judged: false };
     pair.capture.set_modes(&pair.local, &strict).unwrap();
     assert_eq!(pair.local.reset_plaintext(&|port| strict.of(port) == Mode::Strict).unwrap(), 1);
     assert_eq!(plain.seen().end(), "ECONNRESET");
@@ -255,6 +257,9 @@ fn what_cannot_be_enrolled_says_why() {
     wrong.netns = &pod.netns;
     wrong.cgroup = Some("/sys/fs/cgroup/none-such".as_ref());
     assert!(matches!(capture.enrol(&wrong), Err(Error::Cgroup { path, .. }) if path.ends_with("none-such")));
+    let unseen = cgroup_outside(&pod.cgroup);
+    wrong.cgroup = Some(&unseen.0);
+    assert!(matches!(capture.enrol(&wrong), Err(Error::OutOfSight { .. })));
     let host = lab.host("host");
     wrong.netns = &host.netns;
     wrong.cgroup = None;
@@ -270,6 +275,21 @@ fn what_cannot_be_enrolled_says_why() {
     assert_eq!(stranger.dial("plain", at(pod.v4, 8080)).error(), "ECONNREFUSED");
     drop(taken);
     assert_eq!(pod.enrol(&capture, &modes).listeners.len(), 2);
+}
+
+struct Outside(PathBuf);
+
+fn cgroup_outside(cgroup: &std::path::Path) -> Outside {
+    let lab = cgroup.parent().unwrap();
+    let path = lab.with_file_name(format!("{}-outside", lab.file_name().unwrap().to_str().unwrap()));
+    std::fs::create_dir(&path).unwrap();
+    Outside(path)
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.0);
+    }
 }
 
 #[test]

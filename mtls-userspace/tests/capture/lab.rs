@@ -76,6 +76,15 @@ impl Lab {
         format!("{}-node", self.name)
     }
 
+    /// Leaves a pod only so many ports to dial from.
+    pub fn limit_ports(&self, pod: &Pod, range: &str) {
+        let path = pod.netns.display();
+        let setting = format!("net.ipv4.ip_local_port_range={range}");
+        let set =
+            Command::new("nsenter").arg(format!("--net={path}")).args(["sysctl", "-qw", &setting]).status();
+        assert!(set.unwrap().success());
+    }
+
     fn in_netns(&self, netns: &str, command: &str) {
         run(&format!("nsenter --net=/run/netns/{netns} {command}"));
     }
@@ -164,7 +173,7 @@ impl Drop for Lab {
             }
         }
         let below = fs::read_dir(&self.cgroups).into_iter().flatten().filter_map(Result::ok);
-        for cgroup in below.filter(|entry| entry.path().is_dir()).chain([]) {
+        for cgroup in below.filter(|entry| entry.path().is_dir()) {
             remove_cgroup(&cgroup.path());
         }
         remove_cgroup(&self.cgroups);
@@ -268,10 +277,6 @@ impl Application {
         let line = self.line();
         Seen(serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line:?}")))
     }
-
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
 }
 
 impl Drop for Application {
@@ -303,6 +308,12 @@ impl Seen {
     /// What the server saw.
     pub fn server(&self, what: &str) -> SocketAddr {
         self.addr(&self.0["reply"][what])
+    }
+
+    /// Congestion control of the client's socket and of the server's.
+    pub fn congestion(&self) -> (&str, &str) {
+        let (client, server) = (&self.0["congestion"], &self.0["reply"]["congestion"]);
+        (client.as_str().unwrap_or(""), server.as_str().unwrap_or(""))
     }
 
     /// The client got through.
@@ -433,4 +444,23 @@ pub fn clone(pod: &Pod) -> Pod {
         v4: pod.v4,
         v6: pod.v6,
     }
+}
+
+/// What this process logs from now on. Once per process.
+pub fn log() -> Arc<Mutex<Vec<u8>>> {
+    #[derive(Clone)]
+    struct Sink(Arc<Mutex<Vec<u8>>>);
+    impl std::io::Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let sink = Sink(Arc::default());
+    let log = sink.0.clone();
+    tracing_subscriber::fmt().with_writer(move || sink.clone()).init();
+    log
 }

@@ -1,5 +1,7 @@
 //! Capture from the outside: what applications see, what the kernel lets in and out.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails")]
+
 mod fence;
 mod lab;
 
@@ -7,6 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use lab::{Agent, Lab, Pod, lab};
+use mtls::addr::OriginalSrc;
 use mtls::capture::{Capture, LocalPod};
 use mtls::policy::{Mode, PortModes};
 
@@ -124,7 +127,12 @@ fn a_v4_mapped_destination_is_the_v4_one() {
     for how in ["plain", "nonblocking", "mptcp"] {
         pair.client.dial(how, mapped).is_transparent(pair.client.v4, at(pair.server.v4, 8080));
     }
-    assert_eq!(pair.agent.delivered(), 3);
+    let own = format!("::ffff:{}", pair.client.v4);
+    pair.client.dial_with("bound", mapped, &own).is_transparent(pair.client.v4, at(pair.server.v4, 8080));
+    assert_eq!(pair.agent.delivered(), 4);
+    // A socket that may not speak IPv4 can't be let out by it either.
+    assert!(!pair.client.dial("v6only", mapped).is_ok());
+    assert_eq!(pair.agent.delivered(), 4);
 }
 
 #[test]
@@ -241,4 +249,84 @@ fn a_client_that_dials_the_listener_itself_gets_nowhere() {
         assert!(!pair.client.dial("plain", to).is_ok(), "{to}");
     }
     assert_eq!(pair.agent.delivered(), 1);
+}
+
+#[test]
+fn loopback_legs_do_not_pace() {
+    let Some(lab) = lab() else { return };
+    let pair = Pair::new(&lab);
+    let _server = pair.server.serve(&["v4:8080"]);
+    let outside = lab.pod("outside");
+    let _outside = outside.serve(&["v4:8080"]);
+    let usual = outside.dial("plain", at(outside.v4, 8080));
+    // Something that is nobody's default, to see that it was set.
+    let config = mtls::capture::Config { congestion: Some("reno".into()), ..lab.config() };
+    let next = lab.on_node(move || Capture::start(config)).unwrap();
+    let seen = pair.client.dial("plain", at(pair.server.v4, 8080));
+    assert_eq!(pair.agent.delivered(), 1);
+    assert_eq!(seen.congestion(), ("reno", "reno"), "captured");
+    assert_eq!(outside.dial("plain", at(outside.v4, 8080)).congestion(), usual.congestion(), "anyone else's");
+    assert_ne!(usual.congestion(), ("reno", "reno"), "the comparison means nothing");
+    drop(next);
+}
+
+#[test]
+fn ports_to_dial_from_do_not_run_out() {
+    let Some(lab) = lab() else { return };
+    let pair = Pair::new(&lab);
+    let _server = pair.server.serve(&["v4:8080"]);
+    for pod in [&pair.client, &pair.server] {
+        lab.limit_ports(pod, "40000 40099");
+    }
+    let to = at(pair.server.v4, 8080);
+    pair.client.dial_with("many", to, "500").is_transparent(pair.client.v4, to);
+    assert_eq!(pair.agent.delivered(), 501);
+}
+
+#[test]
+fn what_was_announced_for_one_connection_never_names_another() {
+    let Some(lab) = lab() else { return };
+    let pair = Pair::new(&lab);
+    let to = at(pair.server.v4, 8080);
+    let announced = OriginalSrc::new("192.0.2.1:7".parse().unwrap());
+
+    // Refused: nobody listens yet.
+    let socket = pair.local.socket(to).unwrap();
+    pair.local.announce_source(&socket, announced).unwrap();
+    let _ = socket.connect(&to.into());
+    let refused = socket.local_addr().unwrap().as_socket().unwrap();
+    assert_ne!(refused.port(), 0);
+    drop(socket);
+    let _server = pair.server.serve(&["v4:8080"]);
+    let seen = pair.server.dial_with("bound-exactly", to, &refused.to_string());
+    assert_eq!(seen.server("accept"), refused, "after a refusal: {seen:?}");
+
+    // Taken: the next connection from the same address.
+    let stream = lab::deliver(&pair.local, to, announced).unwrap();
+    stream.set_nonblocking(false).unwrap();
+    let from = stream.local_addr().unwrap();
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(&stream), &mut line).unwrap();
+    assert!(line.contains("192.0.2.1"), "{line}");
+    socket2::SockRef::from(&stream).set_linger(Some(std::time::Duration::ZERO)).unwrap();
+    drop(stream);
+    let seen = pair.server.dial_with("bound-exactly", to, &from.to_string());
+    assert_eq!(seen.server("accept"), from, "after a delivery: {seen:?}");
+}
+
+#[test]
+fn what_the_kernel_half_complains_about_reaches_the_log() {
+    let Some(lab) = lab() else { return };
+    let log = lab::log();
+    let pair = Pair::new(&lab);
+    let mut events = pair.capture.events().unwrap();
+    let IpAddr::V4(v4) = pair.server.v4 else { panic!("no IPv4 address") };
+    // Can't be bound to the pod's IPv4 address, so that its connect is refused.
+    assert!(!pair.client.dial("v6only", at(v4.to_ipv6_mapped().into(), 8080)).is_ok());
+    assert_eq!(pair.counter("refused"), 1);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let wait = std::time::Duration::from_millis(500);
+    runtime.block_on(async { tokio::time::timeout(wait, events.next()).await }).expect_err("no event");
+    let log = String::from_utf8(log.lock().unwrap().clone()).unwrap();
+    assert!(log.contains("binding a captured socket to its pod's address failed (-22)"), "{log}");
 }

@@ -21,6 +21,7 @@ def serve(listener, hold):
         sock, accepted = listener.accept()
         try:
             view = {"accept": show(accepted), "peer": show(sock.getpeername()), "local": show(sock.getsockname())}
+            view["congestion"] = sock.getsockopt(socket.IPPROTO_TCP, 13, 16).rstrip(b"\0").decode()
             sock.sendall(json.dumps(view).encode() + b"\n")
             if hold:
                 held.append(sock)
@@ -29,6 +30,7 @@ def serve(listener, hold):
                 sock.settimeout(1)
                 while sock.recv(4096):
                     pass
+                sock.close()
         except OSError:
             pass
 

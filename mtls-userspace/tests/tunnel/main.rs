@@ -1,5 +1,7 @@
 //! Tunnels and relays between real sockets: what an application sees, and what a peer that lies gets.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on fails")]
+
 mod foreign;
 mod interop;
 mod refusals;

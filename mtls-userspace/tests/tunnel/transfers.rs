@@ -147,7 +147,8 @@ async fn a_slow_reader_slows_its_writer_and_loses_nothing() {
     .await
     {
         written += n.unwrap();
-        assert!(written < 64 << 20, "the tunnel takes bytes without end");
+        // The applications' own buffers hold a good part of these.
+        assert!(written < 12 << 20, "the tunnel lets a writer run {written} bytes ahead");
     }
     near.shutdown().await.unwrap();
     let mut got = 0;

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use mtls::addr::OriginalSrc;
 use mtls::identity::{Identity, SpiffeId, Svid, TrustBundle};
-use mtls::relay::{Progress, Report, tunnelled};
+use mtls::relay::{Progress, Report, prepare, tunnelled};
 use mtls::tunnel::{
     Acceptor, Config, Connector, Error, Open, RejectReason, Rejection, ServerTunnel, Stream, Target,
 };
@@ -136,6 +136,7 @@ impl Agents {
         let (application, destination) = listen().await;
         let (tunnels, inbound) = listen().await;
         let (captured, outbound) = listen().await;
+        prepare(&socket2::SockRef::from(&captured)).unwrap();
         let connector = Connector::new(Arc::new(client_config));
         let acceptor = Acceptor::new(Arc::new(server_config));
         let (handshakes, resumptions) = <(Arc<AtomicUsize>, Arc<AtomicUsize>)>::default();
@@ -220,6 +221,12 @@ pub async fn open_stream(
     connector.open(Target { identity: client, expected: &expected, address, open }, dial).await
 }
 
+async fn dial_application(to: SocketAddr) -> std::io::Result<TcpStream> {
+    let socket = dial()?;
+    prepare(&socket)?;
+    tokio::net::TcpSocket::from_std_stream(socket.into()).connect(to).await
+}
+
 async fn serve(
     mut tunnel: ServerTunnel,
     reports: &mpsc::UnboundedSender<Report>,
@@ -237,7 +244,7 @@ async fn serve(
             request.reject(&Rejection::new(RejectReason::Denied, "shop/only-front")).await.unwrap();
             continue;
         }
-        match TcpStream::connect(destination).await {
+        match dial_application(destination).await {
             Ok(app) => {
                 let (_, stream) = request.accept();
                 let report = tunnelled(&app, stream, &Progress::default(), revoked.notified()).await;

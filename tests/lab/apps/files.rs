@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::{Session, ip_in};
-use crate::{Pod, Running};
+use crate::{MARKER, Pod, Running};
 
 pub struct Files {
     server: Running,
@@ -29,16 +29,24 @@ impl Files {
     pub fn send(&self, client: &Pod, bytes: u64) -> Result<Session> {
         let earlier = self.server.all_json_with("accepted").len();
         let (address, count) = (self.address.to_string(), bytes.to_string());
-        let sender =
-            client.start_app(&["dial", "upload", &address, "--bytes", &count, "--limit-ms", "120000"])?;
+        let sender = client.start_app(&[
+            "dial",
+            "upload",
+            &address,
+            "--bytes",
+            &count,
+            "--message",
+            MARKER,
+            "--limit-ms",
+            "120000",
+        ])?;
         let answer = sender.finish_within(Duration::from_secs(180))?.success()?.json()?;
         ensure!(
             answer["match"] == true && answer["sent"] == bytes && answer["ended"] == "eof",
             "sending went {answer}"
         );
-        let accepted = self.server.all_json_with("accepted");
-        let seen =
-            accepted.get(earlier).and_then(|line| line["accepted"].as_str()).context("no record of it")?;
+        let accepted = self.server.json_after("accepted", earlier)?;
+        let seen = accepted["accepted"].as_str().context("no address")?;
         let gigabits = bytes as f64 * 8e-9 / answer["seconds"].as_f64().unwrap_or(f64::INFINITY);
         Ok(Session {
             what: "one large transfer",

@@ -32,11 +32,8 @@ impl Grpc {
         let address = self.address.to_string();
         let answer = client.app(&["chat-dial", &address, "--lines", "1000", "--message", MARKER])?;
         ensure!(answer["turns"] == 1000 && answer["ended"] == "eof", "the stream went {answer}");
-        let accepted = self.server.all_json_with("accepted");
-        let seen = accepted
-            .get(earlier)
-            .and_then(|line| line["accepted"].as_str())
-            .context("no record of the call")?;
+        let accepted = self.server.json_after("accepted", earlier)?;
+        let seen = accepted["accepted"].as_str().context("no address")?;
         ensure!(answer["caller"] == *seen, "the server told {answer}, and recorded {seen}");
         Ok(Session { what: "gRPC, two-way stream", done: "1000 messages".into(), client_seen: ip_in(seen)? })
     }

@@ -22,12 +22,13 @@ pub struct Capture {
     pub(super) pins: Pins,
     pub(super) workers: usize,
     pub(super) host_netns: u64,
+    /// Without symbolic links in it.
+    pub(super) cgroup_root: PathBuf,
     pub(super) flows: Arc<Flows>,
     state: Mutex<State>,
     events: Mutex<Option<Events>>,
     /// As the kernel knows it, whatever pid namespace we are in.
     process: u32,
-    cgroup_root: PathBuf,
 }
 
 impl Capture {
@@ -59,11 +60,11 @@ impl Capture {
             pins,
             workers: config.workers.max(1),
             host_netns,
+            cgroup_root: cgroup.path,
             flows: Arc::new(flows),
             state: Mutex::new(State::adopt(control)?),
             events: Mutex::new(Some(events)),
             process,
-            cgroup_root: cgroup.path,
         })
     }
 
