@@ -18,6 +18,8 @@
 //! | [`relay`] | two streams → a report |
 //! | [`ca`] | certificate signing requests → certificates |
 //! | [`observe`] | counters, access log, admin API |
+//!
+//! [`explain`] says what the walk would do to a connection without making one.
 
 pub mod addr;
 pub mod bench;
@@ -28,6 +30,7 @@ pub mod config;
 pub mod connection;
 pub mod drain;
 pub mod enrolment;
+pub mod explain;
 pub mod identity;
 pub mod mesh;
 pub mod node;

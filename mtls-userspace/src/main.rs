@@ -21,6 +21,8 @@ enum Command {
     Ca(cli::ca::Ca),
     /// Show what the agent on this node is doing
     Status(cli::status::Args),
+    /// Look over policies, or explain what they would do to a connection
+    Policy(cli::policy::Args),
     /// Measure: a load client and its server
     Bench(cli::bench::Bench),
 }
@@ -30,6 +32,7 @@ fn main() -> ExitCode {
         Command::Node(node) => node.run(),
         Command::Ca(ca) => cli::ca::main(ca),
         Command::Status(args) => cli::status::main(&args),
+        Command::Policy(args) => cli::policy::main(args),
         Command::Bench(bench) => bench.run(),
     };
     match result {

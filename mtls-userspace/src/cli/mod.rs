@@ -7,7 +7,15 @@ use anyhow::Context;
 pub mod bench;
 pub mod ca;
 pub mod node;
+pub mod policy;
 pub mod status;
+
+/// In what form a subcommand prints.
+#[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Output {
+    Table,
+    Json,
+}
 
 /// A table for people: a heading, columns as wide as their widest cell, nothing drawn around them.
 pub struct Table {

@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use super::{Align, Table, printable};
+use super::{Align, Output, Table, printable};
 use crate::identity::SpiffeId;
 use crate::observe::{AgentRow, ConnectionRows, Enrolment, IdentityRow, MeshRow, PodRow, Status};
 
@@ -30,12 +30,6 @@ pub struct Args {
     /// Tables for people, or JSON for programs.
     #[arg(long, short, value_enum, default_value_t = Output::Table)]
     pub output: Output,
-}
-
-#[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Output {
-    Table,
-    Json,
 }
 
 #[derive(Debug, thiserror::Error)]

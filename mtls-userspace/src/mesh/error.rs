@@ -80,6 +80,57 @@ pub enum Error {
     Thread { directory: PathBuf, source: std::io::Error },
 }
 
+impl Error {
+    /// Where the object at fault was read: of two that contradict each other, the second.
+    pub(super) fn place(&self) -> Option<&Place> {
+        match self {
+            Self::Syntax { place, .. }
+            | Self::NoObject { place, .. }
+            | Self::ApiVersion { place, .. }
+            | Self::Field { place, .. }
+            | Self::Address { place, .. }
+            | Self::Identity { place, .. }
+            | Self::PathAnnotation { place, .. } => Some(place),
+            Self::Duplicate { second, .. } => Some(second),
+            Self::ClaimedAddress { second_place, .. } | Self::ClaimedVip { second_place, .. } => Some(second_place),
+            Self::Emptied { .. } | Self::TooDeep { .. } | Self::Read { .. } | Self::Thread { .. } => None,
+        }
+    }
+
+    /// `Kind namespace/name` of the object at fault, as far as it was understood.
+    pub(super) fn object(&self) -> Option<String> {
+        match self {
+            Self::Field { object, .. }
+            | Self::Address { object, .. }
+            | Self::Identity { object, .. }
+            | Self::PathAnnotation { object, .. }
+            | Self::Duplicate { object, .. } => Some(object.clone()),
+            Self::ApiVersion { kind, .. } => Some(kind.clone()),
+            Self::ClaimedAddress { second, .. } => Some(format!("Pod {second}")),
+            Self::ClaimedVip { second, .. } => Some(format!("Service {second}")),
+            _ => None,
+        }
+    }
+
+    /// The field at fault.
+    pub(super) fn field(&self) -> Option<String> {
+        match self {
+            Self::Field { field, .. } => Some(field.clone()),
+            Self::Address { field, .. } => Some((*field).to_owned()),
+            Self::PathAnnotation { annotation, .. } => Some(format!("metadata.annotations.{annotation}")),
+            Self::ApiVersion { .. } => Some("apiVersion".to_owned()),
+            Self::Identity { .. } => Some("spec.serviceAccountName".to_owned()),
+            Self::Duplicate { .. } => Some("metadata.name".to_owned()),
+            Self::ClaimedAddress { .. } => Some("status.podIP".to_owned()),
+            Self::ClaimedVip { .. } => Some("spec.clusterIP".to_owned()),
+            Self::NoObject { problem: NoObject::NoKind, .. } => Some("kind".to_owned()),
+            Self::NoObject { problem: NoObject::NoApiVersion, .. } => Some("apiVersion".to_owned()),
+            Self::NoObject { problem: NoObject::NoItems | NoObject::NestedList, .. } => Some("items".to_owned()),
+            _ => None,
+        }
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum NoObject {
     #[error("a manifest is a mapping with apiVersion, kind and metadata; this document is something else")]

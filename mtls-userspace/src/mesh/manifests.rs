@@ -57,9 +57,18 @@ impl Files {
     pub(super) fn objects(&self) -> Result<Objects, Error> {
         let mut reader = Reader::default();
         for (path, text) in &self.0 {
-            reader.file(path, text)?;
+            reader.file(path, text);
         }
-        Ok(reader.objects)
+        reader.done()
+    }
+
+    /// What can be understood, and everything that can't.
+    pub(super) fn understood(&self) -> (Objects, Vec<Error>) {
+        let mut reader = Reader::default();
+        for (path, text) in &self.0 {
+            reader.file(path, text);
+        }
+        (reader.objects, reader.errors)
     }
 }
 
@@ -89,6 +98,15 @@ fn list(directory: &Path, depth: usize, paths: &mut Vec<PathBuf>) -> Result<(), 
 }
 
 impl Objects {
+    /// Reads every manifest of a directory, once.
+    ///
+    /// # Errors
+    ///
+    /// The first thing in it that can't be read or understood.
+    pub fn from_directory(directory: &Path) -> Result<Self, Error> {
+        Files::read(directory)?.objects()
+    }
+
     /// Reads the documents of one text; `name` is what errors call it.
     ///
     /// # Errors
@@ -96,8 +114,8 @@ impl Objects {
     /// The first thing in it that can't be understood.
     pub fn from_yaml(name: &str, text: &str) -> Result<Self, Error> {
         let mut reader = Reader::default();
-        reader.file(Path::new(name), text)?;
-        Ok(reader.objects)
+        reader.file(Path::new(name), text);
+        reader.done()
     }
 }
 
@@ -105,6 +123,8 @@ impl Objects {
 struct Reader {
     objects: Objects,
     seen: HashMap<String, Place>,
+    /// An object that can't be understood does not hide what is wrong with the others.
+    errors: Vec<Error>,
 }
 
 /// What an object says of itself before its fields are looked at.
@@ -114,16 +134,22 @@ struct Head {
 }
 
 impl Reader {
-    fn file(&mut self, path: &Path, text: &str) -> Result<(), Error> {
+    fn done(self) -> Result<Objects, Error> {
+        self.errors.into_iter().next().map_or(Ok(self.objects), Err)
+    }
+
+    fn file(&mut self, path: &Path, text: &str) {
         let source: Arc<str> = path.to_string_lossy().into();
         for (number, document) in (1..).zip(documents(path, text)) {
             let place = Place { source: source.clone(), document: Some(number), item: None };
-            let value = document.map_err(|problem| Error::Syntax { place: place.clone(), problem })?;
-            if !value.is_null() {
-                self.document(value, place)?;
-            }
+            let outcome = match document {
+                Ok(Value::Null) => Ok(()),
+                Ok(value) => self.document(value, place),
+                // Where the next document begins can't be known either.
+                Err(problem) => return self.errors.push(Error::Syntax { place, problem }),
+            };
+            self.errors.extend(outcome.err());
         }
-        Ok(())
     }
 
     fn document(&mut self, mut value: Value, place: Place) -> Result<(), Error> {
@@ -139,14 +165,18 @@ impl Reader {
         let implied = Head { kind: item_kind.to_owned(), api_version: head.api_version };
         let implied = Some(&implied).filter(|implied| !implied.kind.is_empty());
         for (at, item) in (0..).zip(items) {
-            let place = Place { item: Some(at), ..place.clone() };
-            let head = Head::of(&item, &place, implied)?;
-            if head.kind.ends_with("List") {
-                return Err(Error::NoObject { place, problem: NoObject::NestedList });
-            }
-            self.object(item, head, place)?;
+            let outcome = self.item(item, implied, Place { item: Some(at), ..place.clone() });
+            self.errors.extend(outcome.err());
         }
         Ok(())
+    }
+
+    fn item(&mut self, item: Value, implied: Option<&Head>, place: Place) -> Result<(), Error> {
+        let head = Head::of(&item, &place, implied)?;
+        if head.kind.ends_with("List") {
+            return Err(Error::NoObject { place, problem: NoObject::NestedList });
+        }
+        self.object(item, head, place)
     }
 
     fn object(&mut self, mut value: Value, head: Head, place: Place) -> Result<(), Error> {

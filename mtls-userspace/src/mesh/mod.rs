@@ -15,6 +15,7 @@ use crate::addr::OriginalDst;
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::policy::{Mode, Policies};
 
+mod check;
 mod error;
 mod manifests;
 mod objects;
@@ -22,9 +23,12 @@ mod pod;
 mod service;
 mod source;
 
+pub use check::{Finding, Severity, check};
 pub use error::{Error, InvalidAddress, NoObject, Place};
 pub use objects::{Objects, Placed};
 pub use source::Source;
+
+pub use service::ServedPort;
 
 use service::Services;
 
@@ -150,6 +154,16 @@ impl Mesh {
             }
             workload => Destination::Plain { workload, address, service },
         }
+    }
+
+    /// Every port of every Service with a cluster IP, sorted by name and address.
+    pub fn services(&self) -> Vec<ServedPort> {
+        self.services.list()
+    }
+
+    /// Whether the address is a Service's, and which.
+    pub fn service(&self, address: IpAddr) -> Option<&Arc<str>> {
+        self.services.name(address)
     }
 
     /// Every address that the kernel half must capture when no mesh prefixes are configured: the addresses of

@@ -24,6 +24,16 @@ pub(super) struct Services {
     names: HashMap<IpAddr, Arc<str>>,
 }
 
+/// One port of a Service and who answers behind it.
+#[derive(Clone, Debug)]
+pub struct ServedPort {
+    /// `namespace/name`.
+    pub service: Arc<str>,
+    pub address: SocketAddr,
+    /// Where connections go: the pod's own address and port, and the pod if it is one of the mesh's view.
+    pub endpoints: Vec<(SocketAddr, Option<Arc<Workload>>)>,
+}
+
 /// One (VIP, port).
 #[derive(Debug)]
 pub(super) struct Vip {
@@ -133,6 +143,16 @@ impl Services {
     /// The Service that has this address.
     pub(super) fn name(&self, address: IpAddr) -> Option<&Arc<str>> {
         self.names.get(&address)
+    }
+
+    pub(super) fn list(&self) -> Vec<ServedPort> {
+        let port = |(address, vip): (&SocketAddr, &Vip)| {
+            let endpoints = vip.endpoints.iter().map(|e| (e.address, e.workload.clone())).collect();
+            Some(ServedPort { service: self.name(address.ip())?.clone(), address: *address, endpoints })
+        };
+        let mut ports: Vec<ServedPort> = self.ports.iter().filter_map(port).collect();
+        ports.sort_by(|a, b| (&a.service, a.address).cmp(&(&b.service, b.address)));
+        ports
     }
 
     pub(super) fn addresses(&self) -> impl Iterator<Item = IpAddr> {

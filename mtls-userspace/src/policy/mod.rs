@@ -214,6 +214,18 @@ impl Policies {
         self.enforced.effective(workload).of(port).0
     }
 
+    /// The effective mode of one port of a workload, and the policy (`namespace/name`) that set it.
+    pub fn mode_set_by(&self, workload: &Workload, port: u16) -> (Mode, Option<&Arc<str>>) {
+        self.enforced.effective(workload).of(port)
+    }
+
+    /// As [`Self::mode_set_by`], if the dry-run policies were enforced too; `None` if that would change nothing for
+    /// this port.
+    pub fn dry_run_mode_set_by(&self, workload: &Workload, port: u16) -> Option<(Mode, Option<&Arc<str>>)> {
+        let (mode, policy) = self.dry_run.as_ref()?.effective(workload).of(port);
+        (mode != self.mode(workload, port)).then_some((mode, policy))
+    }
+
     /// The modes if the dry-run policies were enforced too; `None` if that would change nothing for this workload.
     pub fn dry_run_modes(&self, workload: &Workload) -> Option<PortModes> {
         let modes = self.with_judgement(self.dry_run.as_ref()?.effective(workload).modes(), workload);

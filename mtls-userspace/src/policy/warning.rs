@@ -51,6 +51,27 @@ pub enum Problem {
     TargetRefs,
 }
 
+impl Problem {
+    /// The field of the policy that the remark is about.
+    pub fn field(&self) -> String {
+        match self {
+            Self::SelectorInRootNamespace | Self::SelectsNobody => "spec.selector".to_owned(),
+            Self::Shadowed { .. } => "spec".to_owned(),
+            Self::UndeclaredPort { port } => format!("spec.portLevelMtls.{port}"),
+            Self::AllowRuleNeedsL7 { rule, .. }
+            | Self::DenyRuleWithoutL7 { rule, .. }
+            | Self::DenyRuleOnlyL7 { rule, .. } => format!("spec.rules[{}]", rule.saturating_sub(1)),
+            Self::DenyWithoutRules => "spec.rules".to_owned(),
+            Self::TargetRefs => "spec.targetRefs".to_owned(),
+        }
+    }
+
+    /// Whether it would be wrong if a pod or namespace were missing from the view.
+    pub fn depends_on_pods(&self) -> bool {
+        matches!(self, Self::SelectsNobody | Self::UndeclaredPort { .. })
+    }
+}
+
 impl Warning {
     pub(super) fn peer_authentication(policy: &Arc<str>, problem: Problem) -> Self {
         Self { kind: "PeerAuthentication", policy: policy.clone(), problem }
