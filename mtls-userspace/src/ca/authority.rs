@@ -22,6 +22,7 @@ const SERVER_LIFETIME: Duration = Duration::from_secs(24 * 3600);
 /// A signing key with its certificate, the way up to the roots, and the roots.
 pub struct CertificateAuthority {
     trust_domain: TrustDomain,
+    signer: CertificateDer<'static>,
     issuer: Issuer<'static, SigningKey>,
     /// From the signing certificate towards the root, roots left out; empty when a root signs.
     intermediates: Vec<CertificateDer<'static>>,
@@ -54,6 +55,29 @@ impl CertificateAuthority {
                 directory::Stored { signer: root.clone(), key, intermediates: Vec::new(), roots: vec![root] }
             }
         };
+        Self::proven(dir, trust_domain, leaf_lifetime, stored)
+    }
+
+    /// Reads a directory that was an authority's before.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::at`], but a directory without any of the files is an error too.
+    pub(super) fn again(
+        dir: &Path,
+        trust_domain: TrustDomain,
+        leaf_lifetime: Duration,
+    ) -> Result<Self, Error> {
+        let stored = directory::read(dir)?.ok_or_else(|| Error::Emptied { dir: dir.into() })?;
+        Self::proven(dir, trust_domain, leaf_lifetime, stored)
+    }
+
+    fn proven(
+        dir: &Path,
+        trust_domain: TrustDomain,
+        leaf_lifetime: Duration,
+        stored: directory::Stored,
+    ) -> Result<Self, Error> {
         let directory::Stored { signer, key, intermediates, roots } = stored;
         let authority = Self::new(trust_domain, leaf_lifetime, &signer, key, intermediates, roots)?;
         authority.prove().map_err(|fault| match fault {
@@ -79,7 +103,13 @@ impl CertificateAuthority {
             .map(|certificate| certificate.not_after)
             .min()
             .unwrap_or(SystemTime::UNIX_EPOCH);
-        Ok(Self { trust_domain, issuer, intermediates, roots, not_after, leaf_lifetime })
+        let signer = signer.clone();
+        Ok(Self { trust_domain, signer, issuer, intermediates, roots, not_after, leaf_lifetime })
+    }
+
+    /// Whether both sign with the same certificate and vouch by the same chain and roots.
+    pub(super) fn same_as(&self, other: &Self) -> bool {
+        self.signer == other.signer && self.intermediates == other.intermediates && self.roots == other.roots
     }
 
     pub fn trust_domain(&self) -> &TrustDomain {

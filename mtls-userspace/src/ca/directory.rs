@@ -22,6 +22,8 @@ const SIGNER: &str = "ca-cert.pem";
 const KEY: &str = "ca-key.pem";
 const CHAIN: &str = "cert-chain.pem";
 const ROOTS: &str = "root-cert.pem";
+/// What makes a directory an authority's.
+pub(super) const FILES: [&str; 4] = [SIGNER, KEY, CHAIN, ROOTS];
 
 /// What a directory holds.
 pub(super) struct Stored {
@@ -36,7 +38,7 @@ pub(super) struct Stored {
 pub(super) fn read(dir: &Path) -> Result<Option<Stored>, Error> {
     let mut found = Vec::new();
     let mut missing = Vec::new();
-    for name in [SIGNER, KEY, CHAIN, ROOTS] {
+    for name in FILES {
         let path = dir.join(name);
         let there = path.try_exists().map_err(|source| Error::File { attempt: "look for", path, source })?;
         if there { found.push(name) } else { missing.push(name) }

@@ -11,6 +11,7 @@ use crate::identity::{InvalidCertificate, timestamp};
 mod authority;
 mod callers;
 mod directory;
+mod in_force;
 mod request;
 mod server;
 mod service;
@@ -18,6 +19,7 @@ mod service;
 pub use authority::CertificateAuthority;
 pub use callers::{Caller, Callers, InvalidTokens, JoinTokens, Unidentified};
 pub use directory::write_root_bundle;
+pub use in_force::InForce;
 pub use server::serve;
 pub use service::{NodeAuthorization, Service};
 
@@ -32,6 +34,12 @@ pub enum Error {
          the directory to have a root made there", dir = dir.display()
     )]
     Incomplete { dir: PathBuf, found: Vec<&'static str>, missing: Vec<&'static str> },
+
+    #[error(
+        "the CA directory {dir} has lost all its files; put them back, or restart the authority to have a new root made \
+         there", dir = dir.display()
+    )]
+    Emptied { dir: PathBuf },
 
     #[error("{path} is unusable: {source}", path = path.display())]
     Certificates { path: PathBuf, source: InvalidCertificate },

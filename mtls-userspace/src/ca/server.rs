@@ -19,7 +19,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
-use super::{CertificateAuthority, Error, Service};
+use super::{Error, InForce, Service};
 use crate::identity::wire::istio_certificate_service_server::IstioCertificateServiceServer;
 
 const CONNECTIONS: usize = 1024;
@@ -28,6 +28,8 @@ const REQUEST: Duration = Duration::from_secs(10);
 /// Agents make a connection for each certificate: an old one is idle, and holds a place.
 const CONNECTION_AGE: Duration = Duration::from_secs(300);
 const GRACE: Duration = Duration::from_secs(5);
+/// After the authority could not certify itself.
+const RENEW_AGAIN: Duration = Duration::from_secs(10);
 const MAX_REQUEST: usize = 64 * 1024;
 
 /// Serves until `shutdown` completes; requests under way are answered. `names` are the DNS names and IP addresses
@@ -66,23 +68,26 @@ pub async fn serve(
 }
 
 struct Front {
-    authority: Arc<CertificateAuthority>,
+    authority: Arc<InForce>,
     names: Vec<String>,
     connections: mpsc::Sender<io::Result<Connection>>,
 }
 
 impl Front {
-    /// Returns only when the authority can't certify itself.
+    /// Returns only when the authority can't certify itself at the start.
     async fn accept(self, listener: TcpListener) -> Result<(), Error> {
         let places = Arc::new(Semaphore::new(CONNECTIONS));
         let mut handshakes = JoinSet::new();
+        let mut changes = self.authority.subscribe();
         let (mut tls, mut renewal) = self.tls()?;
         loop {
             let Ok(place) = places.clone().acquire_owned().await else { return Ok(()) };
             let accepted = loop {
                 tokio::select! {
                     accepted = listener.accept() => break accepted,
-                    () = sleep_until(renewal) => (tls, renewal) = self.tls()?,
+                    () = sleep_until(renewal) => self.renew(&mut tls, &mut renewal),
+                    // The other end of it lives as long as `self`.
+                    Ok(()) = changes.changed() => self.renew(&mut tls, &mut renewal),
                     Some(_) = handshakes.join_next() => {}
                 }
             };
@@ -99,9 +104,20 @@ impl Front {
         }
     }
 
+    /// A failure may pass: the operator can replace an authority that has run out.
+    fn renew(&self, tls: &mut TlsAcceptor, renewal: &mut SystemTime) {
+        match self.tls() {
+            Ok(renewed) => (*tls, *renewal) = renewed,
+            Err(error) => {
+                tracing::error!(%error, "the authority cannot renew its own certificate");
+                *renewal = SystemTime::now() + RENEW_AGAIN;
+            }
+        }
+    }
+
     /// The listener's TLS with a new certificate, and when to make the next.
     fn tls(&self) -> Result<(TlsAcceptor, SystemTime), Error> {
-        let certificate = self.authority.sign_server(&self.names)?;
+        let certificate = self.authority.current().sign_server(&self.names)?;
         let now = SystemTime::now();
         let left = certificate.not_after.duration_since(now).unwrap_or_default();
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());

@@ -11,7 +11,7 @@ use tonic::metadata::MetadataMap;
 use tonic::{Response, Status};
 
 use super::request::Request;
-use super::{Caller, Callers, CertificateAuthority, Unidentified};
+use super::{Caller, Callers, CertificateAuthority, InForce, Unidentified};
 use crate::identity::wire::istio_certificate_service_server::IstioCertificateService;
 use crate::identity::wire::{IMPERSONATED_IDENTITY, IstioCertificateRequest, IstioCertificateResponse};
 use crate::identity::{Certificate, SpiffeId, timestamp, to_pem};
@@ -30,7 +30,7 @@ impl<F: Fn(&str, &SpiffeId) -> bool + Send + Sync> NodeAuthorization for F {
 
 /// `istio.v1.auth.IstioCertificateService`.
 pub struct Service {
-    pub authority: Arc<CertificateAuthority>,
+    pub authority: Arc<InForce>,
     pub callers: Arc<dyn Callers>,
     pub nodes: Arc<dyn NodeAuthorization>,
 }
@@ -80,9 +80,11 @@ impl Service {
         let lifetime = u64::try_from(asked.validity_duration)
             .map(Duration::from_secs)
             .map_err(|_| invalid(&"validity_duration may not be negative"))?;
-        self.authorize(caller, identity)?;
+        // One for the whole answer: it may be replaced meanwhile.
+        let authority = self.authority.current();
+        self.authorize(caller, identity, &authority)?;
 
-        let signed = self.authority.sign(&request, lifetime).map_err(|error| match error {
+        let signed = authority.sign(&request, lifetime).map_err(|error| match error {
             super::Error::Expired { .. } => Status::unavailable(error.to_string()),
             _ => Status::internal(error.to_string()),
         })?;
@@ -99,8 +101,13 @@ impl Service {
         Ok(IstioCertificateResponse { cert_chain })
     }
 
-    fn authorize(&self, caller: &Caller, identity: &SpiffeId) -> Result<(), Status> {
-        let ours = self.authority.trust_domain();
+    fn authorize(
+        &self,
+        caller: &Caller,
+        identity: &SpiffeId,
+        authority: &CertificateAuthority,
+    ) -> Result<(), Status> {
+        let ours = authority.trust_domain();
         if identity.trust_domain() != ours {
             return Err(Status::permission_denied(format!(
                 "{identity} is not of this certificate authority's trust domain, {ours}"

@@ -9,7 +9,7 @@ use anyhow::Context;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::ca::{CertificateAuthority, JoinTokens, NodeAuthorization, Service, serve, write_root_bundle};
+use crate::ca::{CertificateAuthority, InForce, JoinTokens, NodeAuthorization, Service, serve, write_root_bundle};
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::mesh::{Settings, Source};
 
@@ -45,7 +45,7 @@ pub struct Ca {
     trust_domain: TrustDomain,
 
     /// Directory of ca-cert.pem, ca-key.pem, cert-chain.pem and root-cert.pem. A root is made there if it has none
-    /// of them. Without this flag a root is made in memory, another one at every start.
+    /// of them; changed files are taken over when all are good together. Without this flag a root is made in memory, another one at every start.
     #[arg(long, value_name = "DIR")]
     ca_dir: Option<PathBuf>,
 
@@ -72,7 +72,7 @@ impl Ca {
         let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
 
-        let authority = Arc::new(self.authority()?);
+        let authority = self.authority()?;
         let tokens = JoinTokens::open(&self.tokens)?;
         let nodes = Arc::new(self.nodes()?);
         let listener = TcpListener::bind(self.listen)
@@ -84,29 +84,50 @@ impl Ca {
             names => names.to_vec(),
         };
         if let Some(path) = &self.root_out {
-            write_root_bundle(path, &authority)?;
+            write_root_bundle(path, &authority.current())?;
         }
+        let now = authority.current();
         tracing::info!(
             %address,
             names = names.join(","),
             trust_domain = %self.trust_domain,
-            root_sha256 = authority.root_fingerprint(),
-            roots = authority.roots().len(),
+            root_sha256 = now.root_fingerprint(),
+            roots = now.roots().len(),
             nodes = tokens.nodes().join(","),
             leaf_lifetime = ?self.leaf_lifetime,
             "serving certificates"
         );
-        let service = Service { authority, callers: Arc::new(tokens), nodes };
-        serve(listener, names, service, async {
+        let service = Service { authority: authority.clone(), callers: Arc::new(tokens), nodes };
+        let serving = serve(listener, names, service, async {
             tokio::select! {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
             tracing::info!("told to stop");
-        })
-        .await?;
+        });
+        tokio::select! {
+            served = serving => served?,
+            () = authority.follow() => {}
+            () = self.publish(&authority) => {}
+        }
         tracing::info!("certificate authority stopped");
         Ok(())
+    }
+
+    /// Writes what agents need anew whenever it has changed. Never returns.
+    async fn publish(&self, authority: &InForce) {
+        let mut changes = authority.subscribe();
+        loop {
+            if changes.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+            let Some(path) = &self.root_out else { continue };
+            while let Err(error) = write_root_bundle(path, &authority.current()) {
+                tracing::error!(%error, "agents don't learn of the changed roots");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            tracing::info!(path = %path.display(), "the changed roots are written");
+        }
     }
 
     /// A node's identities, by the manifests as they are at each request.
@@ -120,19 +141,19 @@ impl Ca {
         })
     }
 
-    fn authority(&self) -> anyhow::Result<CertificateAuthority> {
+    fn authority(&self) -> anyhow::Result<Arc<InForce>> {
         let trust_domain = self.trust_domain.clone();
         let authority = match &self.ca_dir {
-            Some(dir) => CertificateAuthority::at(dir, trust_domain, self.leaf_lifetime)?,
+            Some(dir) => InForce::directory(dir, trust_domain, self.leaf_lifetime)?,
             None => {
                 tracing::warn!(
                     "the root is in memory and ends with this process; agents must get the new one after a restart \
                      (--ca-dir keeps it)"
                 );
-                CertificateAuthority::in_memory(trust_domain, self.leaf_lifetime)?
+                InForce::fixed(CertificateAuthority::in_memory(trust_domain, self.leaf_lifetime)?)
             }
         };
-        let left = authority.not_after().duration_since(SystemTime::now()).unwrap_or_default();
+        let left = authority.current().not_after().duration_since(SystemTime::now()).unwrap_or_default();
         if left < NEAR_END {
             tracing::warn!(
                 days_left = left.as_secs() / 86_400,

@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use mtls::ca::{CertificateAuthority, JoinTokens, Service, serve};
+use mtls::ca::{CertificateAuthority, InForce, JoinTokens, Service, serve};
 use mtls::identity::{Config, Identities, RemoteAuthority, SpiffeId, TrustDomain};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -21,6 +21,7 @@ pub const DAY: Duration = Duration::from_secs(24 * 3600);
 pub struct Bench {
     pub dir: TempDir,
     pub authority: Arc<CertificateAuthority>,
+    pub in_force: Arc<InForce>,
     pub address: SocketAddr,
     running: Option<(oneshot::Sender<()>, JoinHandle<()>)>,
 }
@@ -32,13 +33,19 @@ impl Bench {
     }
 
     pub async fn with(authority: CertificateAuthority) -> Self {
+        Self::of(InForce::fixed(authority)).await
+    }
+
+    pub async fn of(in_force: Arc<InForce>) -> Self {
+        let authority = in_force.current();
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("tokens.yaml"), format!("node-a: {TOKEN_A}\nnode-b: {TOKEN_B}\n"))
             .unwrap();
         std::fs::write(dir.path().join("root.pem"), authority.root_bundle()).unwrap();
         let mut bench = Self {
             dir,
-            authority: Arc::new(authority),
+            authority,
+            in_force,
             address: "127.0.0.1:0".parse().unwrap(),
             running: None,
         };
@@ -52,7 +59,7 @@ impl Bench {
         let listener = TcpListener::bind(self.address).await.unwrap();
         self.address = listener.local_addr().unwrap();
         let service = Service {
-            authority: self.authority.clone(),
+            authority: self.in_force.clone(),
             callers: Arc::new(JoinTokens::open(&self.path("tokens.yaml")).unwrap()),
             nodes: Arc::new(|node: &str, id: &SpiffeId| {
                 (node == "node-a" && *id == cart()) || (node == "node-b" && *id == db())
@@ -78,7 +85,8 @@ impl Bench {
 
     /// The authority as an agent with this token sees it.
     pub fn remote(&self, token: &str) -> RemoteAuthority {
-        let token_file = self.path("token");
+        // A file for each: two agents may live at one time.
+        let token_file = self.path(if token == TOKEN_A { "token" } else { "token-b" });
         std::fs::write(&token_file, format!("{token}\n")).unwrap();
         let address = format!("https://{}", self.address);
         RemoteAuthority::new(&address, self.path("root.pem"), token_file).unwrap()

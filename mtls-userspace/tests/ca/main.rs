@@ -7,4 +7,6 @@ mod bench;
 mod command;
 mod directory;
 mod requests;
+mod roots;
 mod rotation;
+mod traffic;
