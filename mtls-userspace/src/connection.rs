@@ -333,6 +333,10 @@ async fn deliver(
     source: OriginalSrc,
     _permit: Authorized,
 ) -> io::Result<TcpStream> {
+    // Nobody's application: behind these ports the agent would meet itself.
+    if [capture::OUTBOUND_PORT, capture::PLAINTEXT_PORT, capture::TUNNEL_PORT].contains(&address.port()) {
+        return Err(io::ErrorKind::ConnectionRefused.into());
+    }
     let socket = pod.socket.socket(address)?;
     pod.socket.announce_source(&socket, source).map_err(io::Error::other)?;
     capture::loopback_leg(&socket, worker.congestion.as_deref());

@@ -163,8 +163,6 @@ impl Enrolment {
                 kept.pod.workload.store(workload.clone());
                 return Ok(());
             }
-            drop(before);
-            self.release(key).await;
         }
         self.enrol(key, workload, netns, namespace, modes).await
     }
@@ -195,7 +193,11 @@ impl Enrolment {
             worker.tell(Command::Serve { pod: pod.clone(), listeners }).await;
         }
         tracing::info!(pod = key, %modes, "pod enrolled");
-        self.pods.insert(key.into(), Kept { pod, modes, namespace });
+        let before = self.pods.insert(key.into(), Kept { pod, modes, namespace });
+        // Enrolled anew with other addresses it was fenced all the time; another namespace leaves the old one behind.
+        if let Some(old) = before.filter(|old| old.namespace != namespace) {
+            self.let_go(key, &old.pod);
+        }
         Ok(())
     }
 
@@ -204,7 +206,11 @@ impl Enrolment {
         for worker in &self.workers {
             worker.tell(Command::Release { name: key.into() }).await;
         }
-        match self.capture.release(&kept.pod.socket) {
+        self.let_go(key, &kept.pod);
+    }
+
+    fn let_go(&self, key: &str, pod: &Pod) {
+        match self.capture.release(&pod.socket) {
             Ok(()) => tracing::info!(pod = key, "pod released"),
             Err(error) => {
                 tracing::warn!(pod = key, %error, "pod released, but kernel state of it is left behind")

@@ -55,7 +55,11 @@ impl InForce {
     }
 
     fn new(authority: CertificateAuthority, directory: Option<Directory>) -> Arc<Self> {
-        Arc::new(Self { current: ArcSwap::from_pointee(authority), changes: watch::Sender::new(0), directory })
+        Arc::new(Self {
+            current: ArcSwap::from_pointee(authority),
+            changes: watch::Sender::new(0),
+            directory,
+        })
     }
 
     pub fn current(&self) -> Arc<CertificateAuthority> {

@@ -9,7 +9,9 @@ use anyhow::Context;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::ca::{CertificateAuthority, InForce, JoinTokens, NodeAuthorization, Service, serve, write_root_bundle};
+use crate::ca::{
+    CertificateAuthority, InForce, JoinTokens, NodeAuthorization, Service, serve, write_root_bundle,
+};
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::mesh::{Settings, Source};
 

@@ -92,7 +92,9 @@ impl Error {
             | Self::Identity { place, .. }
             | Self::PathAnnotation { place, .. } => Some(place),
             Self::Duplicate { second, .. } => Some(second),
-            Self::ClaimedAddress { second_place, .. } | Self::ClaimedVip { second_place, .. } => Some(second_place),
+            Self::ClaimedAddress { second_place, .. } | Self::ClaimedVip { second_place, .. } => {
+                Some(second_place)
+            }
             Self::Emptied { .. } | Self::TooDeep { .. } | Self::Read { .. } | Self::Thread { .. } => None,
         }
     }
@@ -125,7 +127,9 @@ impl Error {
             Self::ClaimedVip { .. } => Some("spec.clusterIP".to_owned()),
             Self::NoObject { problem: NoObject::NoKind, .. } => Some("kind".to_owned()),
             Self::NoObject { problem: NoObject::NoApiVersion, .. } => Some("apiVersion".to_owned()),
-            Self::NoObject { problem: NoObject::NoItems | NoObject::NestedList, .. } => Some("items".to_owned()),
+            Self::NoObject { problem: NoObject::NoItems | NoObject::NestedList, .. } => {
+                Some("items".to_owned())
+            }
             _ => None,
         }
     }

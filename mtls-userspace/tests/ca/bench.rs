@@ -42,13 +42,8 @@ impl Bench {
         std::fs::write(dir.path().join("tokens.yaml"), format!("node-a: {TOKEN_A}\nnode-b: {TOKEN_B}\n"))
             .unwrap();
         std::fs::write(dir.path().join("root.pem"), authority.root_bundle()).unwrap();
-        let mut bench = Self {
-            dir,
-            authority,
-            in_force,
-            address: "127.0.0.1:0".parse().unwrap(),
-            running: None,
-        };
+        let mut bench =
+            Self { dir, authority, in_force, address: "127.0.0.1:0".parse().unwrap(), running: None };
         bench.start().await;
         bench
     }
