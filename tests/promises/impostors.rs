@@ -24,7 +24,7 @@ fn callers_without_a_right_certificate_are_refused() -> Result<()> {
             Some(Forger::unknown()?.sign(&dir, "self-made", "spiffe://cluster.local/ns/shop/sa/far")?),
         ),
         ("expired", Some(authority.sign_expired(&dir, "expired", "spiffe://cluster.local/ns/shop/sa/far")?)),
-        ("wrong_identity", Some(authority.sign(&dir, "foreign", "spiffe://evil.local/ns/shop/sa/far")?)),
+        ("wrong_trust_domain", Some(authority.sign(&dir, "foreign", "spiffe://evil.local/ns/shop/sa/far")?)),
         ("wrong_identity", Some(authority.sign(&dir, "nobody", "spiffe://cluster.local/nonsense")?)),
     ];
     // The forger's tools work: with the right certificate the same bytes reach the application.

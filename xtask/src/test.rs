@@ -32,13 +32,14 @@ impl Test {
     pub fn run(self) -> Result<()> {
         let begun = Instant::now();
         setup::run()?;
-        step("building");
+        step("building the kernel half");
         build::object()?;
-        // All members at once, as below: cargo would build shared dependencies again for another choice of features.
-        call(cargo().args(["build", "--workspace", "--bins"]))?;
         if !self.no_lint {
             lint::run()?;
         }
+        step("building");
+        // All members at once, as below: cargo would build shared dependencies again for another choice of features.
+        call(cargo().args(["build", "--quiet", "--workspace", "--bins"]))?;
         step("testing");
         let (summary, success) = self.cargo_test()?;
         let seconds = begun.elapsed().as_secs();
