@@ -16,7 +16,7 @@ struct Args {
 #[derive(Subcommand)]
 enum Command {
     /// Run the node agent
-    Node(cli::node::Node),
+    Node(Box<cli::node::Node>),
     /// Run the certificate authority
     Ca(cli::ca::Ca),
     /// Show what the agent on this node is doing
