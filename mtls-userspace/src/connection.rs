@@ -32,7 +32,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// An enrolled application dialled something in the mesh.
 pub async fn outbound(worker: Arc<Worker>, pod: Arc<Pod>, app: TcpStream) {
-    let captured = match Captured::identify(&worker, &pod, &app) {
+    let captured = match Captured::identify(&pod, &app) {
         Ok(captured) => captured,
         Err(error) => {
             // Somebody inside the pod dialled the listener itself: there is nowhere to send this.
@@ -298,11 +298,10 @@ struct Captured {
 }
 
 impl Captured {
-    fn identify(worker: &Worker, pod: &Pod, app: &TcpStream) -> Result<Self, capture::Error> {
+    fn identify(pod: &Pod, app: &TcpStream) -> Result<Self, capture::Error> {
         let peer = app.peer_addr().map_err(capture::Error::from)?;
         let local = app.local_addr().map_err(capture::Error::from)?;
         let destination = pod.socket.original_destination(peer, local)?;
-        capture::loopback_leg(app, worker.congestion.as_deref());
         Ok(Self { workload: pod.workload.load_full(), source: OriginalSrc::new(peer), destination })
     }
 
@@ -339,7 +338,7 @@ async fn deliver(
     }
     let socket = pod.socket.socket(address)?;
     pod.socket.announce_source(&socket, source).map_err(io::Error::other)?;
-    capture::loopback_leg(&socket, worker.congestion.as_deref());
+    worker.prepare_leg(&socket)?;
     connect(socket, address).await
 }
 

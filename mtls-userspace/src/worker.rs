@@ -5,22 +5,25 @@
 
 use std::collections::HashMap;
 use std::future::Future;
+use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
-use crate::capture::{Listeners, LocalPod};
+use crate::capture::{self, Listeners, LocalPod};
 use crate::config::SameNode;
 use crate::connection;
 use crate::drain::Working;
 use crate::identity::Identities;
 use crate::mesh::{self, Workload};
 use crate::observe::{Direction, Observer};
+use crate::relay;
 use crate::tunnel;
 
 /// What every connection on one data thread can reach.
@@ -71,6 +74,12 @@ impl Worker {
         }
     }
 
+    /// Prepares a socket towards an application, or a listener for all that it accepts.
+    pub fn prepare_leg(&self, socket: &socket2::Socket) -> io::Result<()> {
+        capture::loopback_leg(socket, self.congestion.as_deref());
+        relay::prepare(socket)
+    }
+
     /// Counts a stream's tunnel: one that carried a stream before, or a new one with its handshake.
     pub fn count_tunnel(&self, direction: Direction, reused: bool, resumed: bool) {
         if reused {
@@ -106,7 +115,7 @@ impl Handle {
 }
 
 /// Starts a data thread. It ends when `working` is told to stop and its last connection is over.
-pub fn start(index: usize, worker: Arc<Worker>, working: Working) -> std::io::Result<Handle> {
+pub fn start(index: usize, worker: Arc<Worker>, working: Working) -> io::Result<Handle> {
     let (commands, received) = mpsc::channel(64);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     std::thread::Builder::new()
@@ -145,6 +154,14 @@ fn stop(tasks: Option<Vec<AbortHandle>>) {
 
 fn listen(worker: &Arc<Worker>, pod: Arc<Pod>, listeners: Listeners, working: &Working) -> Vec<AbortHandle> {
     let Listeners { outbound, inbound, plaintext } = listeners;
+    // Accepted sockets inherit these, which spares system calls on every connection.
+    let outbound = socket2::Socket::from(outbound);
+    let prepared =
+        worker.prepare_leg(&outbound).and_then(|()| SockRef::from(&plaintext).set_tcp_nodelay(true));
+    if let Err(error) = prepared {
+        tracing::warn!(pod = pod.socket.name(), %error, "listeners could not be tuned");
+    }
+    let outbound = outbound.into();
     [
         accept(worker, &pod, outbound, working, |w, p, _, s| connection::outbound(w, p, s)),
         accept(worker, &pod, inbound, working, connection::inbound),
@@ -178,7 +195,6 @@ where
         loop {
             match listener.accept().await {
                 Ok((stream, _)) => {
-                    let _ = stream.set_nodelay(true);
                     let share = working.clone();
                     let task = connection(worker.clone(), pod.clone(), share.clone(), stream);
                     tokio::spawn(async move {

@@ -114,6 +114,20 @@ impl Lab {
         })
     }
 
+    /// An AuthorizationPolicy for one pod. `spec` is what stands beside the selector.
+    pub fn authorization_policy(&self, pod: &Pod, name: &str, spec: &Value) -> Result<()> {
+        let namespace = pod.namespace();
+        let mut spec = spec.clone();
+        spec["selector"] = selector(pod);
+        self.write(&Manifest {
+            file: format!("authorizationpolicy-{namespace}-{name}.yaml"),
+            object: json!({
+                "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+                "metadata": { "name": name, "namespace": namespace }, "spec": spec,
+            }),
+        })
+    }
+
     /// A Service in front of pods, with its EndpointSlice, and its address. `target` is a port number or name.
     pub fn service(&self, name: &str, pods: &[&Pod], port: u16, target: &Value) -> Result<SocketAddr> {
         let vip = plan::service(self.services.fetch_add(1, Ordering::Relaxed));

@@ -6,7 +6,7 @@ use anyhow::Result;
 use mtls_tests::{Credentials, Forger, Lab, MARKER, Mesh, Pod, PodSpec, Running};
 use serde_json::Value;
 
-use crate::{Scene, assert_echoed, needs};
+use crate::{Scene, assert_echoed, assert_refused, needs};
 
 #[test]
 fn callers_without_a_right_certificate_are_refused() -> Result<()> {
@@ -109,7 +109,7 @@ fn servers_without_the_destinations_certificate_get_nothing() -> Result<()> {
     for credentials in forged {
         let impostor = impersonate(&victim, &credentials)?;
         let answer = client.app(&["dial", "echo", &victim.addr(7000).to_string(), "--message", MARKER])?;
-        crate::assert_refused(&answer);
+        assert_refused(&answer);
         let heard: u64 =
             impostor.all_json_with("handshake").iter().filter_map(|line| line["received"].as_u64()).sum();
         assert_eq!(heard, 0, "{:?}", impostor.all_json_with("handshake"));
@@ -129,11 +129,16 @@ fn servers_without_the_destinations_certificate_get_nothing() -> Result<()> {
 fn nothing_older_than_tls_1_3_is_spoken() -> Result<()> {
     needs!(["openssl"]);
     let scene = Scene::new()?;
+    let intruder = scene.lab.outsider("node-a", "intruder")?;
     let to = scene.server.addr(15008).to_string();
     for (version, spoken) in [("-tls1_3", true), ("-tls1_2", false)] {
         let hello = ["s_client", "-connect", &to, version, "-alpn", "mtls/1"];
-        let said = scene.near.run("openssl", &hello)?;
+        let said = intruder.run("openssl", &hello)?;
         assert_eq!(said.stdout.contains("BEGIN CERTIFICATE"), spoken, "{version}: {said:?}");
+    }
+    // The agent's port is nobody's application: a workload is not delivered to it.
+    for client in scene.clients() {
+        assert_refused(&client.app(&["dial", "echo", &to])?);
     }
     Ok(())
 }

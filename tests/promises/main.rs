@@ -3,6 +3,7 @@
 //! Every test asserts from outside: what applications get, what crosses the wire, metrics, logs and exit codes.
 
 mod applications;
+mod authorization;
 mod configuration;
 mod encrypted;
 mod endings;

@@ -47,15 +47,12 @@ impl Progress {
 
 /// Prepares a socket towards an application: one that is dialled, or a listener, whose accepted sockets inherit this.
 ///
-/// Such a socket runs over loopback or a pod's own interface: it needs no pacing, whatever the host's default
-/// congestion control does, and no window for long distances, which a sleeping reader's peer would fill.
+/// Such a socket runs over loopback: it needs no window for long distances, which a sleeping reader's peer would fill.
 pub fn prepare(socket: &socket2::Socket) -> io::Result<()> {
     /// Loopback is at full speed well below it.
     const RECEIVE: usize = 1 << 20;
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_notsent_lowat(UNSENT)?;
-    // Every kernel has reno, but only the privileged may choose it where the host doesn't offer it.
-    let _ = socket.set_tcp_congestion(b"cubic").or_else(|_| socket.set_tcp_congestion(b"reno"));
     bound_receive(socket, RECEIVE)
 }
 
