@@ -40,8 +40,9 @@ pub async fn outbound(worker: Arc<Worker>, pod: Arc<Pod>, app: TcpStream) {
             return reset(app);
         }
     };
-    let mesh = worker.mesh.current();
-    match mesh.resolve(captured.destination, &worker.node) {
+    // A snapshot is never held while a connection lives: a long one would keep an old mesh in memory.
+    let destination = worker.mesh.current().resolve(captured.destination, &worker.node);
+    match destination {
         Destination::Nowhere { service } => {
             let flow = captured.flow(
                 Path::Passthrough,
@@ -58,7 +59,7 @@ pub async fn outbound(worker: Arc<Worker>, pod: Arc<Pod>, app: TcpStream) {
             pass_through(&worker, &pod, app, flow).await;
         }
         Destination::Workload { workload, address, service } => match worker.neighbour(&workload) {
-            Some(neighbour) => same_node(&worker, &mesh, captured, app, neighbour, address, service).await,
+            Some(neighbour) => same_node(&worker, captured, app, neighbour, address, service).await,
             None => through_tunnel(&worker, &pod, captured, app, workload, address, service).await,
         },
     }
@@ -79,7 +80,6 @@ async fn pass_through(worker: &Worker, pod: &Pod, app: TcpStream, flow: Flow) {
 /// bytes go from loopback to loopback.
 async fn same_node(
     worker: &Worker,
-    mesh: &Mesh,
     captured: Captured,
     app: TcpStream,
     neighbour: Arc<Pod>,
@@ -95,7 +95,8 @@ async fn same_node(
         source_ip: captured.source.ip(),
         peer: Peer::Verified(&captured.workload.identity),
     };
-    let permit = match mesh.policies.authorize(&request) {
+    let judged = worker.mesh.current().policies.authorize(&request);
+    let permit = match judged {
         Ok(permit) => permit,
         Err(denied) => return refuse(worker, app, flow, Refusal::Denied(denied)),
     };
@@ -132,7 +133,10 @@ async fn through_tunnel(
     };
     let tunnel_port = target.address;
     let dial = || pod.socket.socket(tunnel_port);
-    match worker.connector.open(target, dial).await {
+    let opened = worker.connector.open(target, dial).await;
+    // A certificate that was renewed meanwhile goes, and its key with it.
+    drop(identity);
+    match opened {
         Ok(mut stream) => {
             flow.cipher = stream.cipher().suite().as_str();
             worker.count_tunnel(Direction::Outbound, stream.reused(), stream.resumed());
@@ -160,7 +164,9 @@ pub async fn inbound(worker: Arc<Worker>, pod: Arc<Pod>, mut working: Working, p
         tracing::warn!(pod = pod.socket.name(), %from, "tunnel refused: no certificate for this pod yet");
         return reset(peer);
     };
-    let mut tunnel = match worker.acceptor.accept(peer, &identity).await {
+    let accepted = worker.acceptor.accept(peer, &identity).await;
+    drop(identity);
+    let mut tunnel = match accepted {
         Ok(tunnel) => tunnel,
         Err(error) => {
             tracing::info!(pod = pod.socket.name(), %from, %error, "tunnel refused");
@@ -195,17 +201,14 @@ pub async fn inbound(worker: Arc<Worker>, pod: Arc<Pod>, mut working: Working, p
 
 /// One connection out of a tunnel: authorize, deliver, relay. False when the tunnel can't carry another.
 async fn inbound_stream(worker: &Worker, pod: &Pod, from: SocketAddr, request: tunnel::Request<'_>) -> bool {
-    let mesh = worker.mesh.current();
     let workload = pod.workload.load_full();
     let open = request.open();
     let (source, address) = (open.source, open.destination);
+    let claimed = worker.mesh.current().workload(source.ip()).cloned();
     let flow = Flow {
         direction: Direction::Inbound,
         path: Path::Tunnel,
-        source: Party {
-            workload: mesh.workload(source.ip()).cloned(),
-            identity: Some(request.peer().clone()),
-        },
+        source: Party { workload: claimed, identity: Some(request.peer().clone()) },
         destination: Party { identity: Some(workload.identity.clone()), workload: Some(workload.clone()) },
         original_dst: None,
         address,
@@ -213,7 +216,8 @@ async fn inbound_stream(worker: &Worker, pod: &Pod, from: SocketAddr, request: t
         service: None,
         cipher: request.cipher().suite().as_str(),
     };
-    let delivered = match judge(&mesh, &flow, &workload, from) {
+    let judged = judge(&worker.mesh.current(), &flow, &workload, from);
+    let delivered = match judged {
         Ok(permit) => {
             deliver(worker, pod, address, source, permit).await.map_err(|e| outcome::unreachable(&e))
         }
@@ -261,12 +265,12 @@ pub async fn plaintext(worker: Arc<Worker>, pod: Arc<Pod>, client: TcpStream) {
     let (Ok(from), Ok(to)) = (client.peer_addr().map(canonical), client.local_addr().map(canonical)) else {
         return;
     };
-    let mesh = worker.mesh.current();
     let workload = pod.workload.load_full();
+    let client_pod = worker.mesh.current().workload(from.ip()).cloned();
     let flow = Flow {
         direction: Direction::Inbound,
         path: Path::Plaintext,
-        source: Party { workload: mesh.workload(from.ip()).cloned(), identity: None },
+        source: Party { workload: client_pod, identity: None },
         destination: Party { identity: Some(workload.identity.clone()), workload: Some(workload.clone()) },
         original_dst: None,
         address: to,
@@ -276,7 +280,8 @@ pub async fn plaintext(worker: Arc<Worker>, pod: Arc<Pod>, client: TcpStream) {
     };
     let request =
         Request { destination: &workload, address: to, source_ip: from.ip(), peer: Peer::Plaintext };
-    let permit = match mesh.policies.authorize(&request) {
+    let judged = worker.mesh.current().policies.authorize(&request);
+    let permit = match judged {
         Ok(permit) => permit,
         Err(denied) => return refuse(&worker, client, flow, Refusal::Denied(denied)),
     };
@@ -374,4 +379,21 @@ fn refuse(worker: &Worker, app: TcpStream, flow: Flow, refusal: Refusal) {
 /// Closes with RST: the application learns of a refusal as an error, never as a clean end of stream.
 fn reset(app: TcpStream) {
     let _ = socket2::SockRef::from(&app).set_linger(Some(Duration::ZERO));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn size_of_future<A, B, C, F>(_: impl Fn(A, B, C) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    #[test]
+    fn a_connection_costs_little_memory_besides_its_sockets() {
+        let outbound = size_of_future(outbound);
+        let inbound = size_of_future(|worker, pod, (working, peer)| inbound(worker, pod, working, peer));
+        assert!(outbound <= 1792, "outbound is {outbound} bytes");
+        assert!(inbound <= 2304, "inbound is {inbound} bytes");
+    }
 }
