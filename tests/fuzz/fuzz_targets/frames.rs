@@ -3,7 +3,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use mtls::tunnel::{Frame, MAX_OPEN, MAX_REJECT, Order, Role};
+use mtls_fuzz::tunnel::frame::{Frame, MAX_OPEN, MAX_REJECT, Order, Role};
 
 fuzz_target!(|input: &[u8]| {
     let Some((&first, mut rest)) = input.split_first() else { return };

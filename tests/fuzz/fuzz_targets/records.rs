@@ -2,7 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use mtls::tunnel::{ContentType, Opener, Sealer, whole_record};
+use mtls_fuzz::tunnel::record::{ContentType, Opener, Sealer, whole_record};
 use rustls::ConnectionTrafficSecrets;
 use rustls::crypto::cipher::{AeadKey, Iv};
 
