@@ -30,6 +30,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         root_namespace: config.root_namespace.clone(),
     };
     let source = mesh::Source::directory(config.manifests.clone(), settings).context("manifests")?;
+    // Before the kernel half: an agent that cannot stay must not replace the programs of the one that runs.
+    let admin = Admin::bind(Some(config.admin), Some(&config.admin_socket)).await.context("admin API")?;
     let capture = Arc::new(
         Capture::start(capture::Config {
             cgroup_root: config.cgroup_root.clone(),
@@ -39,7 +41,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         })
         .context("kernel half")?,
     );
-    let admin = Admin::bind(Some(config.admin), Some(&config.admin_socket)).await.context("admin API")?;
     let authority = identity::RemoteAuthority::new(
         &config.ca_address,
         config.ca_root.clone(),
