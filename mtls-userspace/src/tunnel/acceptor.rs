@@ -13,6 +13,7 @@ use crate::identity::{Identity, SpiffeId};
 use super::buffer::HEADROOM;
 use super::codec::{MAX_RANGES, Pulled};
 use super::frame::{MAX_REJECT, Open, Rejection};
+use super::gate::Gate;
 use super::record::{HEADER, TRAILER};
 use super::stream::{Session, Stream};
 use super::{Config, Error, handshake, socket};
@@ -21,11 +22,12 @@ use super::{Config, Error, handshake, socket};
 #[derive(Clone)]
 pub struct Acceptor {
     config: Arc<Config>,
+    gate: Arc<Gate>,
 }
 
 impl Acceptor {
     pub fn new(config: Arc<Config>) -> Self {
-        Self { config }
+        Self { config, gate: Arc::default() }
     }
 
     /// Shakes hands as `identity`; the peer has then proven who it is.
@@ -33,7 +35,11 @@ impl Acceptor {
         let config = &*self.config;
         let configs = config.tls.of(identity)?;
         socket::prepare_tunnel(&tcp, config.retransmit, config.receive_buffer)?;
-        let shaking = Box::pin(handshake::server(&tcp, identity, &configs, config.rekey_after));
+        let shaking = async {
+            // A peer that says nothing takes nobody's turn.
+            tcp.readable().await?;
+            self.gate.pass(|| handshake::server(&tcp, identity, &configs, config.rekey_after)).await
+        };
         let established = timeout(config.handshake_timeout, shaking)
             .await
             .map_err(|_| Error::HandshakeTimedOut { waited: config.handshake_timeout })??;

@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use crate::identity::{Identity, SpiffeId};
 
 use super::frame::Open;
+use super::gate::Gate;
 use super::pool::{Home, Key, Pool};
 use super::stream::{Session, Stream};
 use super::verify::HandshakeFailure;
@@ -35,12 +36,13 @@ pub struct Target<'a> {
 pub struct Connector {
     config: Arc<Config>,
     pool: Arc<Pool>,
+    gate: Arc<Gate>,
 }
 
 impl Connector {
     pub fn new(config: Arc<Config>) -> Self {
         let pool = Pool::new(config.idle_client, config.idle_per_destination, config.idle_total);
-        Self { config, pool }
+        Self { config, pool, gate: Arc::default() }
     }
 
     /// A stream to the target, on an idle tunnel or on a new one over the socket that `dial` makes: non-blocking,
@@ -82,7 +84,7 @@ impl Connector {
             .map_err(|_| Error::ConnectTimedOut { address, waited: config.connect_timeout })?
             .map_err(|source| Error::Connect { address, source })?;
         socket::prepare_tunnel(&tcp, config.retransmit, config.receive_buffer)?;
-        let shaking = handshake::client(&tcp, identity, &configs, config.rekey_after);
+        let shaking = self.gate.pass(|| handshake::client(&tcp, identity, &configs, config.rekey_after));
         let established = timeout(config.handshake_timeout, shaking)
             .await
             .map_err(|_| Error::HandshakeTimedOut { waited: config.handshake_timeout })??;

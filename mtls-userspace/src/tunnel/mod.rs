@@ -22,6 +22,7 @@ mod buffer;
 mod codec;
 mod connector;
 mod frame;
+mod gate;
 mod handshake;
 mod key;
 mod pool;
