@@ -163,9 +163,9 @@ fn listen(worker: &Arc<Worker>, pod: Arc<Pod>, listeners: Listeners, working: &W
     }
     let outbound = outbound.into();
     [
-        accept(worker, &pod, outbound, working, |w, p, _, s| connection::outbound(w, p, s)),
+        accept(worker, &pod, outbound, working, connection::outbound),
         accept(worker, &pod, inbound, working, connection::inbound),
-        accept(worker, &pod, plaintext, working, |w, p, _, s| connection::plaintext(w, p, s)),
+        accept(worker, &pod, plaintext, working, connection::plaintext),
     ]
     .into_iter()
     .flatten()
@@ -195,12 +195,7 @@ where
         loop {
             match listener.accept().await {
                 Ok((stream, _)) => {
-                    let share = working.clone();
-                    let task = connection(worker.clone(), pod.clone(), share.clone(), stream);
-                    tokio::spawn(async move {
-                        task.await;
-                        drop(share);
-                    });
+                    tokio::spawn(connection(worker.clone(), pod.clone(), working.clone(), stream));
                 }
                 // The peer gave up while queued, or the process is out of descriptors: neither ends the listener.
                 Err(error) => {
