@@ -111,6 +111,6 @@ mod tests {
         assert!(size_of_val(&future) <= 400, "{}", size_of_val(&future));
         let size = tunnelled::size_of_future();
         assert!(size <= 400, "{size}");
-        assert!(tunnel::session_size() <= 880, "{}", tunnel::session_size());
+        assert!(tunnel::session_size() <= 480, "{}", tunnel::session_size());
     }
 }

@@ -1,25 +1,22 @@
 //! One end of a tunnel without its socket: frames in, sealed records out, and the reverse.
 //!
 //! Joins the record layer, the frames and the part of TLS that goes on after the handshake: KeyUpdate in both
-//! directions, session tickets, alerts. Everything rustls knows better stays with rustls' kernel connection. The
-//! caller says when to receive and what to send.
+//! directions, session tickets, alerts. The caller says when to receive and what to send.
 
 use std::io;
 
-use rustls::client::ClientConnectionData;
-use rustls::kernel::KernelConnection;
-use rustls::server::ServerConnectionData;
 use rustls::{AlertDescription, ExtractedSecrets, SupportedCipherSuite};
 use tokio::net::TcpStream;
 
 use super::buffer::{Buffer, HEADROOM, SLOT_DATA, Size};
-use super::frame::{DATA, FIN, Frame, MAX_OPEN, MAX_REJECT, Open, Order, Rejection, Role};
+use super::frame::{DATA, FIN, Frame, MAX_OPEN, MAX_REJECT, Open, Order, Rejection};
 use super::record::{ContentType, HEADER, Opener, Sealer, TRAILER, whole_record};
+use super::schedule::Schedule;
 use super::{Error, Violation, socket};
 
 const CLOSE_NOTIFY: u8 = 0;
 const USER_CANCELED: u8 = 90;
-const NEW_SESSION_TICKET: u8 = 4;
+pub(super) const NEW_SESSION_TICKET: u8 = 4;
 const KEY_UPDATE: u8 = 24;
 /// A handshake message that spans records; a ticket with a client's chain inside has a few KiB.
 const MAX_HANDSHAKE: usize = 64 * 1024;
@@ -27,46 +24,6 @@ const MAX_HANDSHAKE: usize = 64 * 1024;
 const MAX_KEY_UPDATES: u32 = 32;
 /// Plaintext ranges gathered for one write.
 pub(crate) const MAX_RANGES: usize = 64;
-
-/// What rustls keeps doing after the handshake.
-pub(crate) enum Kernel {
-    Client(KernelConnection<ClientConnectionData>),
-    Server(KernelConnection<ServerConnectionData>),
-}
-
-impl Kernel {
-    pub fn suite(&self) -> SupportedCipherSuite {
-        match self {
-            Self::Client(kernel) => kernel.negotiated_cipher_suite(),
-            Self::Server(kernel) => kernel.negotiated_cipher_suite(),
-        }
-    }
-
-    fn next_sealer(&mut self) -> Result<Sealer, Error> {
-        let (sequence, secrets) = match self {
-            Self::Client(kernel) => kernel.update_tx_secret(),
-            Self::Server(kernel) => kernel.update_tx_secret(),
-        }
-        .map_err(Error::tls)?;
-        Ok(Sealer::new(sequence, &secrets)?)
-    }
-
-    fn next_opener(&mut self) -> Result<Opener, Error> {
-        let (sequence, secrets) = match self {
-            Self::Client(kernel) => kernel.update_rx_secret(),
-            Self::Server(kernel) => kernel.update_rx_secret(),
-        }
-        .map_err(Error::tls)?;
-        Ok(Opener::new(sequence, &secrets)?)
-    }
-
-    fn ticket(&mut self, payload: &[u8]) -> Result<(), Error> {
-        match self {
-            Self::Client(kernel) => kernel.handle_new_session_ticket(payload).map_err(Error::tls),
-            Self::Server(_) => Err(Violation::Handshake(NEW_SESSION_TICKET).into()),
-        }
-    }
-}
 
 /// Received bytes that have not been opened yet, on loan from the thread's buffers while there are any.
 #[derive(Default)]
@@ -176,7 +133,7 @@ pub(crate) enum Pulled {
 pub(crate) struct Codec {
     sealer: Sealer,
     opener: Opener,
-    kernel: Kernel,
+    schedule: Schedule,
     pub order: Order,
     pub incoming: Incoming,
     /// The client's OPEN while it waits for the first bytes to travel with.
@@ -192,16 +149,16 @@ pub(crate) struct Codec {
 impl Codec {
     pub fn new(
         secrets: ExtractedSecrets,
-        kernel: Kernel,
+        schedule: Schedule,
         incoming: Incoming,
         rekey_after: u64,
     ) -> Result<Self, Error> {
-        let role = if matches!(kernel, Kernel::Client(_)) { Role::Client } else { Role::Server };
+        let order = Order::new(schedule.role());
         Ok(Self {
             sealer: Sealer::new(secrets.tx.0, &secrets.tx.1)?,
             opener: Opener::new(secrets.rx.0, &secrets.rx.1)?,
-            kernel,
-            order: Order::new(role),
+            schedule,
+            order,
             incoming,
             open: None,
             key_update_owed: false,
@@ -212,7 +169,7 @@ impl Codec {
     }
 
     pub fn suite(&self) -> SupportedCipherSuite {
-        self.kernel.suite()
+        self.schedule.suite()
     }
 
     /// A client begins a stream; its OPEN leaves with the next [`Codec::seal_head`].
@@ -239,7 +196,7 @@ impl Codec {
             let message = [KEY_UPDATE, 0, 0, 1, 0];
             scratch[HEADER..HEADER + message.len()].copy_from_slice(&message);
             at += self.sealer.seal(&mut scratch, message.len(), ContentType::Handshake)?;
-            self.sealer = self.kernel.next_sealer()?;
+            self.sealer = self.schedule.next_sealer()?;
             self.key_update_owed = false;
         }
         if let Some(open) = self.open.take() {
@@ -339,18 +296,18 @@ impl Codec {
                 },
                 ContentType::Handshake => {
                     let whole = if self.handshake.is_empty() {
-                        post_handshake(plain, &mut self.kernel, &mut self.handshake)?
+                        post_handshake(plain, &mut self.schedule, &mut self.handshake)?
                     } else {
                         let mut gathered = std::mem::take(&mut self.handshake);
                         gathered.extend_from_slice(plain);
-                        post_handshake(&gathered, &mut self.kernel, &mut self.handshake)?
+                        post_handshake(&gathered, &mut self.schedule, &mut self.handshake)?
                     };
                     if let Some(requested) = whole {
                         self.key_updates += 1;
                         if self.key_updates > MAX_KEY_UPDATES {
                             return Err(Violation::KeyUpdates.into());
                         }
-                        self.opener = self.kernel.next_opener()?;
+                        self.opener = self.schedule.next_opener()?;
                         self.key_update_owed |= requested;
                     }
                 }
@@ -362,7 +319,11 @@ impl Codec {
 
 /// Handles the post-handshake messages in `bytes`; keeps an unfinished one in `rest`. Returns whether a KeyUpdate
 /// came, and if so whether ours was requested.
-fn post_handshake(mut bytes: &[u8], kernel: &mut Kernel, rest: &mut Vec<u8>) -> Result<Option<bool>, Error> {
+fn post_handshake(
+    mut bytes: &[u8],
+    schedule: &mut Schedule,
+    rest: &mut Vec<u8>,
+) -> Result<Option<bool>, Error> {
     let mut key_update = None;
     while let Some((&[kind, a, b, c], tail)) = bytes.split_first_chunk::<4>() {
         // The key changes right after a KeyUpdate, so nothing may share its record (RFC 8446, 5.1).
@@ -375,7 +336,7 @@ fn post_handshake(mut bytes: &[u8], kernel: &mut Kernel, rest: &mut Vec<u8>) -> 
         }
         let Some((message, tail)) = tail.split_at_checked(length) else { break };
         match (kind, message) {
-            (NEW_SESSION_TICKET, payload) => kernel.ticket(payload)?,
+            (NEW_SESSION_TICKET, payload) => schedule.ticket(payload)?,
             (KEY_UPDATE, [0]) => key_update = Some(false),
             (KEY_UPDATE, [1]) => key_update = Some(true),
             _ => return Err(Violation::Handshake(kind).into()),

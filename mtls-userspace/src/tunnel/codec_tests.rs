@@ -129,7 +129,7 @@ async fn a_key_update_changes_the_key_and_stands_alone() {
     let (mut client, mut server) = ends().await;
     let asking = [KEY_UPDATE, 0, 0, 1, 1];
     assert_eq!(say(&mut client, &mut server, &[(Handshake, &asking)]).unwrap(), Pulled::Data);
-    client.sealer = client.kernel.next_sealer().unwrap();
+    client.sealer = client.schedule.next_sealer().unwrap();
     assert_eq!(say(&mut client, &mut server, &[(ApplicationData, &[DATA, 7])]).unwrap(), Pulled::Data);
     assert!(server.incoming.has_plaintext());
     // The server owes one, ahead of its next data.
@@ -154,7 +154,7 @@ async fn key_updates_without_data_come_to_an_end() {
     let (mut client, mut server) = ends().await;
     let mut update = || {
         let said = say(&mut client, &mut server, &[(Handshake, &[KEY_UPDATE, 0, 0, 1, 0])]);
-        client.sealer = client.kernel.next_sealer().unwrap();
+        client.sealer = client.schedule.next_sealer().unwrap();
         said
     };
     for _ in 0..MAX_KEY_UPDATES {

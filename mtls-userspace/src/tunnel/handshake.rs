@@ -14,8 +14,9 @@ use tokio::net::TcpStream;
 
 use crate::identity::Identity;
 
-use super::codec::{Codec, Incoming, Kernel};
-use super::record::{HEADER, MAX_RECORD};
+use super::codec::{Codec, Incoming};
+use super::record::{HEADER, MAX_RECORD, RecordError};
+use super::schedule::{Heard, Schedule};
 use super::socket;
 use super::tls::{ALPN, Configs};
 use super::verify::{HandshakeFailure, Peer};
@@ -38,21 +39,11 @@ pub(crate) async fn client(
     let name = ServerName::IpAddress(tcp.peer_addr()?.ip().into());
     let mut connection =
         Box::new(UnbufferedClientConnection::new(configs.client.clone(), name).map_err(Error::tls)?);
-    let incoming = drive(tcp, &mut *connection).await?;
-    let (peer, resumed) = match outcome(&connection, identity) {
-        Ok(proven) => proven,
-        Err(error) => {
-            let (secrets, kernel) = connection.dangerous_into_kernel_connection().map_err(Error::tls)?;
-            return Err(refuse(
-                tcp,
-                Codec::new(secrets, Kernel::Client(kernel), incoming, rekey_after)?,
-                error,
-            ));
-        }
-    };
+    let (incoming, heard) = drive(tcp, &mut *connection).await?;
+    let proven = outcome(&connection, identity);
     let (secrets, kernel) = connection.dangerous_into_kernel_connection().map_err(Error::tls)?;
-    let codec = Codec::new(secrets, Kernel::Client(kernel), incoming, rekey_after)?;
-    Ok(Established { codec, peer, resumed })
+    let codec = Codec::new(secrets, Schedule::client(heard, kernel)?, incoming, rekey_after)?;
+    established(tcp, codec, proven)
 }
 
 pub(crate) async fn server(
@@ -63,10 +54,19 @@ pub(crate) async fn server(
 ) -> Result<Established, Error> {
     let mut connection =
         Box::new(UnbufferedServerConnection::new(configs.server.clone()).map_err(Error::tls)?);
-    let incoming = drive(tcp, &mut *connection).await?;
+    let (incoming, heard) = drive(tcp, &mut *connection).await?;
     let proven = outcome(&connection, identity);
-    let (secrets, kernel) = connection.dangerous_into_kernel_connection().map_err(Error::tls)?;
-    let codec = Codec::new(secrets, Kernel::Server(kernel), incoming, rekey_after)?;
+    let suite = connection.negotiated_cipher_suite().ok_or(RecordError::UnusableKey)?;
+    let (secrets, _) = connection.dangerous_into_kernel_connection().map_err(Error::tls)?;
+    let codec = Codec::new(secrets, Schedule::server(heard, suite)?, incoming, rekey_after)?;
+    established(tcp, codec, proven)
+}
+
+fn established(
+    tcp: &TcpStream,
+    codec: Codec,
+    proven: Result<(Peer, bool), Error>,
+) -> Result<Established, Error> {
     match proven {
         Ok((peer, resumed)) => Ok(Established { codec, peer, resumed }),
         Err(error) => Err(refuse(tcp, codec, error)),
@@ -143,14 +143,16 @@ enum Step {
     Failed(rustls::Error),
 }
 
-async fn drive<C: Side>(tcp: &TcpStream, connection: &mut C) -> Result<Incoming, Error> {
+async fn drive<C: Side>(tcp: &TcpStream, connection: &mut C) -> Result<(Incoming, Heard), Error> {
     let mut incoming = Incoming::default();
+    let mut heard = Heard::default();
     // What rustls has been shown and not let go of. One record more at a time, so that it never takes what follows
     // the handshake; never less, because it may refer back to a message it holds in part.
     let mut window = 0;
     let mut out = Vec::with_capacity(4096);
     loop {
         let UnbufferedStatus { discard, state } = connection.process(incoming.head(window));
+        heard.listen();
         let step = match state {
             Ok(ConnectionState::EncodeTlsData(mut flight)) => {
                 encode(&mut out, |room| flight.encode(room));
@@ -178,7 +180,7 @@ async fn drive<C: Side>(tcp: &TcpStream, connection: &mut C) -> Result<Incoming,
                 out.clear();
             }
             Step::Blocked => window += more(tcp, &mut incoming, window).await?,
-            Step::Done => return Ok(incoming),
+            Step::Done => return Ok((incoming, heard)),
             Step::Failed(source) => {
                 alert(connection, &mut incoming, window, &mut out);
                 let _ = socket::send_all(tcp, &out).await;

@@ -27,6 +27,7 @@ mod handshake;
 mod key;
 mod pool;
 mod record;
+mod schedule;
 mod socket;
 mod stream;
 mod tls;

@@ -16,6 +16,7 @@ use rustls_pki_types::PrivateKeyDer;
 use crate::identity::{Identity, SpiffeId};
 
 use super::Error;
+use super::schedule::Ear;
 use super::verify::Verifier;
 
 pub(crate) const ALPN: &[u8] = b"mtls/1";
@@ -56,6 +57,7 @@ impl Configs {
         client.alpn_protocols = vec![ALPN.to_vec()];
         client.enable_sni = false;
         client.enable_secret_extraction = true;
+        client.key_log = Arc::new(Ear);
         client.resumption = Resumption::store(Arc::new(ClientSessionMemoryCache::new(SESSIONS)));
 
         let mut server = ServerConfig::builder_with_provider(provider)
@@ -66,6 +68,7 @@ impl Configs {
             .map_err(unusable)?;
         server.alpn_protocols = vec![ALPN.to_vec()];
         server.enable_secret_extraction = true;
+        server.key_log = Arc::new(Ear);
         server.ticketer = aws_lc_rs::Ticketer::new().map_err(unusable)?;
         // Each ticket is used once; a tunnel that is reused needs no second.
         server.send_tls13_tickets = 1;
