@@ -41,45 +41,68 @@ impl Gate {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use super::*;
 
-    #[tokio::test(start_paused = true)]
-    async fn handshakes_are_made_in_turn() {
-        let gate = std::sync::Arc::new(Gate::default());
-        let started = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
-        for _ in 0..3 * TURNS {
-            let (gate, started) = (gate.clone(), started.clone());
-            tokio::spawn(async move {
-                let shake = async {
-                    started.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                    tokio::time::sleep(TURN / 2).await;
-                };
-                gate.pass(|| shake).await;
-            });
-        }
-        let started = || started.load(std::sync::atomic::Ordering::Relaxed);
-        tokio::time::sleep(TURN / 4).await;
-        assert_eq!(started(), TURNS);
-        tokio::time::sleep(TURN / 2).await;
-        assert_eq!(started(), 2 * TURNS);
+    /// Handshakes through one gate that end when they are let go.
+    struct Crowd {
+        begun: Arc<AtomicUsize>,
+        let_go: Arc<Semaphore>,
+        gate: Arc<Gate>,
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn peers_that_stall_lose_their_turn_and_not_their_handshake() {
-        let gate = std::sync::Arc::new(Gate::default());
-        let stalled: Vec<_> = (0..TURNS)
-            .map(|_| {
-                let gate = gate.clone();
-                tokio::spawn(async move { gate.pass(|| tokio::time::sleep(8 * TURN)).await })
-            })
-            .collect();
-        tokio::task::yield_now().await;
-        let before = tokio::time::Instant::now();
-        gate.pass(|| std::future::ready(())).await;
-        assert!(before.elapsed() <= TURN + Duration::from_millis(1));
-        for handshake in stalled {
-            handshake.await.unwrap();
+    impl Crowd {
+        async fn gather(count: usize) -> Self {
+            let crowd =
+                Self { begun: Arc::default(), let_go: Arc::new(Semaphore::new(0)), gate: Arc::default() };
+            for _ in 0..count {
+                let (begun, let_go, gate) = (crowd.begun.clone(), crowd.let_go.clone(), crowd.gate.clone());
+                tokio::spawn(async move {
+                    let handshake = || async {
+                        begun.fetch_add(1, Ordering::Relaxed);
+                        let_go.acquire().await.unwrap().forget();
+                    };
+                    gate.pass(handshake).await;
+                });
+            }
+            crowd.settle(count.min(TURNS)).await;
+            crowd
         }
-        assert!(before.elapsed() >= 8 * TURN);
+
+        /// Waits until as many have begun, and gives more the chance to.
+        async fn settle(&self, count: usize) {
+            while self.begun() < count {
+                tokio::task::yield_now().await;
+            }
+            for _ in 0..100 {
+                tokio::task::yield_now().await;
+            }
+        }
+
+        fn begun(&self) -> usize {
+            self.begun.load(Ordering::Relaxed)
+        }
+    }
+
+    #[tokio::test]
+    async fn handshakes_are_made_in_turn() {
+        let crowd = Crowd::gather(3 * TURNS).await;
+        assert_eq!(crowd.begun(), TURNS);
+        crowd.let_go.add_permits(10);
+        crowd.settle(TURNS + 10).await;
+        assert_eq!(crowd.begun(), TURNS + 10);
+    }
+
+    #[tokio::test]
+    async fn peers_that_stall_lose_their_turn_and_not_their_handshake() {
+        let crowd = Crowd::gather(TURNS).await;
+        timeout(40 * TURN, crowd.gate.pass(|| std::future::ready(()))).await.expect("a turn was given up");
+        assert_eq!(crowd.begun(), TURNS);
+        crowd.let_go.add_permits(TURNS);
+        while crowd.let_go.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
     }
 }
