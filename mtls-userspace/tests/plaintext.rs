@@ -186,6 +186,28 @@ fn a_connection_older_than_the_observation_counts_once_and_stays_recent_while_it
     assert_eq!((row(&store).open, row(&store).last), (0, at(121)));
 }
 
+#[test]
+fn a_peer_that_the_mesh_hears_of_late_gets_its_name_and_an_older_one_keeps_its_address() {
+    let mut store = observing(Limits::default(), &[SERVER]);
+    let known = Peer { source: Source::Workload("outside/cron".into()), by_disable: false };
+    store.record(SERVER, &stranger(7000, 1, 5));
+    store.record(SERVER, &stranger(7001, 1, 50));
+    store.record(SERVER, &stranger(7002, 1, 51));
+    store.record(SERVER, &Sighting { peer: known.clone(), ..stranger(7002, 1, 60) });
+    store.record(SERVER, &stranger(7002, 2, 52));
+    store.name(SERVER, at(10), |_, ip| if ip == address(1) { known.clone() } else { stranger(0, 2, 0).peer });
+    let pod = store.pod(SERVER).unwrap();
+    let row = |port: u16, peer: &Peer| {
+        pod.ports[&port].peers.get(peer).map(|row| (row.connections, row.first, row.last))
+    };
+    let nameless = stranger(0, 1, 0).peer;
+    assert_eq!((row(7000, &nameless), row(7000, &known)), (Some((1, at(5), at(5))), None));
+    assert_eq!((row(7001, &nameless), row(7001, &known)), (None, Some((1, at(50), at(50)))));
+    assert_eq!((row(7002, &nameless), row(7002, &known)), (None, Some((2, at(51), at(60)))));
+    assert_eq!(row(7002, &stranger(0, 2, 0).peer), Some((1, at(52), at(52))));
+    assert_eq!(store.counts(), (4, 0));
+}
+
 const DAY: Duration = Duration::from_secs(86400);
 const NOW: i64 = 1_000_000;
 
@@ -232,7 +254,7 @@ fn ready_is_said_only_when_nobody_would_be_cut_off_and_enough_was_seen() {
     fn first(facts: &mut Facts) -> &mut PortFacts {
         facts.workloads[0].ports.get_mut(&80).unwrap()
     }
-    let rows: [(&str, Change, Option<&str>); 15] = [
+    let rows: [(&str, Change, Option<&str>); 16] = [
         ("nobody, for long enough; a scan of ports that nobody serves stands in nobody's way", |_| {}, None),
         (
             "somebody within the window",
@@ -240,6 +262,14 @@ fn ready_is_said_only_when_nobody_would_be_cut_off_and_enough_was_seen() {
             Some("shop/server port 80: 1 peer would be cut off"),
         ),
         ("somebody long ago", |f| first(f).peers.push(seen(false, 86401)), None),
+        (
+            "somebody who came long ago and is still connected",
+            |f| {
+                let (peer, row, enrolled) = seen(false, 86401);
+                first(f).peers.push((peer, Row { open: 1, ..row }, enrolled));
+            },
+            Some("shop/server port 80: 1 peer would be cut off"),
+        ),
         ("plaintext only because of DISABLE", |f| first(f).peers.push(seen(true, 60)), None),
         (
             "observed for too short a time",
@@ -250,7 +280,9 @@ fn ready_is_said_only_when_nobody_would_be_cut_off_and_enough_was_seen() {
         (
             "not enrolled yet",
             |f| f.workloads[0].since = None,
-            Some("shop/server: not enrolled yet, so not observed"),
+            Some(
+                "shop/server: not observed: not enrolled yet, or its sockets cannot be listed; the agent's log says why",
+            ),
         ),
         (
             "STRICT already, observed or not",

@@ -219,6 +219,7 @@ fn write_dry_run(f: &mut fmt::Formatter<'_>, report: &Report) -> fmt::Result {
             count += 1;
             let cut_off = match (dry_run.mode.as_str(), port.cut_off.len()) {
                 ("STRICT", 0) => "nobody seen".to_owned(),
+                ("STRICT", 1) => "1 peer".to_owned(),
                 ("STRICT", peers) => format!("{peers} peers"),
                 _ => "nobody".to_owned(),
             };

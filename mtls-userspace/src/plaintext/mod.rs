@@ -10,6 +10,7 @@
 
 mod inbox;
 mod report;
+mod sighting;
 mod store;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -28,7 +29,8 @@ pub use inbox::{Inbox, Seen};
 pub use report::{
     Asked, DryRunRow, Facts, Observed, PeerRow, PortFacts, PortRow, Report, TallyRow, WorkloadRow,
 };
-pub use store::{Limits, Peer, Row, Sighting, Source, Store, Tally};
+pub use sighting::{Peer, Row, Sighting, Source, Tally};
+pub use store::{Limits, Store};
 
 /// The longest window that can be asked for; what is older is forgotten.
 pub const LONGEST_WINDOW: Duration = Duration::from_secs(30 * 24 * 3600);
@@ -37,8 +39,10 @@ pub const LONGEST_WINDOW: Duration = Duration::from_secs(30 * 24 * 3600);
 const ROUND: Duration = Duration::from_secs(1);
 /// How often the sockets of pods with plaintext peers are listed, so that a long connection's last sight is recent.
 const LOOK: Duration = Duration::from_secs(60);
+/// How late the mesh may hear of a client: a peer first seen longer before it had no name, whoever has its address now.
+const NAMED_LATE: SignedDuration = SignedDuration::from_secs(60);
 /// Reports that follow each other faster share a look.
-const FRESH: Duration = Duration::from_secs(2);
+const FRESH: Duration = Duration::from_secs(5);
 
 /// Files what the inbox gets, and answers what is known.
 pub struct Watch {
@@ -56,6 +60,8 @@ struct State {
     /// The kernel half's count of lost events at the last round.
     kernel_lost: u64,
     looked: Instant,
+    /// Of the mesh whose names the peers have.
+    generation: u64,
     blind: Option<String>,
 }
 
@@ -85,6 +91,7 @@ impl Watch {
             lost: Tally::default(),
             kernel_lost: capture.lost_events()?,
             looked: Instant::now(),
+            generation: 0,
             blind: None,
         };
         Ok(Self { node, mesh, local, capture, inbox, state: Mutex::new(state) })
@@ -168,6 +175,13 @@ impl Watch {
             }
         }
         let mesh = self.mesh.current();
+        if std::mem::replace(&mut state.generation, mesh.generation) != mesh.generation {
+            let since = now.checked_sub(NAMED_LATE).unwrap_or(now);
+            for (key, pod) in &pods {
+                let workload = pod.workload.load();
+                state.store.name(key, since, |port, address| peer(&mesh, &workload, port, address));
+            }
+        }
         // Ports are listed once a round and pod, and only for the sake of one that is not known.
         let mut listed = HashSet::new();
         for seen in seen {

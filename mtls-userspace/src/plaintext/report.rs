@@ -24,7 +24,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use super::store::{Peer, Row, Source, Tally};
+use super::sighting::{Peer, Row, Source, Tally};
 use crate::policy::Mode;
 
 /// What is asked.
@@ -133,7 +133,7 @@ pub struct PortRow {
     pub dry_run: Option<DryRunRow>,
     pub listening: bool,
     pub ready: bool,
-    /// Who would be cut off: came in plaintext within the window.
+    /// Who would be cut off: came in plaintext within the window, or is connected still.
     pub cut_off: Vec<PeerRow>,
     /// Enrolled clients that come in plaintext because the port is DISABLE, and would use mTLS if it were STRICT.
     pub becomes_mtls: Vec<PeerRow>,
@@ -234,7 +234,9 @@ impl Judge<'_> {
         if !covered {
             reasons.push(match observed.since {
                 Some(_) => format!("{key}: observed for {seconds} s of {} s", self.asked.window.as_secs()),
-                None => format!("{key}: not enrolled yet, so not observed"),
+                None => format!(
+                    "{key}: not observed: not enrolled yet, or its sockets cannot be listed; the agent's log says why"
+                ),
             });
         }
         if observed.is_open && self.is_recent(observed.missed) {
@@ -261,7 +263,7 @@ impl Judge<'_> {
 
     fn port(&self, key: &str, number: u16, port: PortFacts, reasons: &mut Vec<String>) -> PortRow {
         let already = reasons.len();
-        let recent = port.peers.into_iter().filter(|(_, row, _)| row.last >= self.begin);
+        let recent = port.peers.into_iter().filter(|(_, row, _)| row.open > 0 || row.last >= self.begin);
         let (becomes_mtls, cut_off): (Vec<_>, Vec<_>) = recent.partition(|(peer, _, _)| peer.by_disable);
         if !cut_off.is_empty() {
             let count = plural(cut_off.len() as u64, "peer");

@@ -6,9 +6,10 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use jiff::Timestamp;
+
+use super::sighting::{Peer, Row, Sighting, Tally};
 
 /// How much is kept. Each row takes about 250 bytes, names included.
 #[derive(Clone, Copy, Debug)]
@@ -24,62 +25,6 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self { workloads_per_port: 256, addresses_per_port: 64, rows_per_pod: 2048, rows: 16_384 }
-    }
-}
-
-/// Who came, as well as the mesh could tell from the address at that time. Not proven.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub enum Source {
-    /// `namespace/name`.
-    Workload(Arc<str>),
-    Address(IpAddr),
-}
-
-/// A source, and why it came in plaintext.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub struct Peer {
-    pub source: Source,
-    /// An enrolled client that chose plaintext because the port's mode was DISABLE.
-    pub by_disable: bool,
-}
-
-/// One plaintext connection to a pod, or the attempt.
-#[derive(Clone, Debug)]
-pub struct Sighting {
-    pub port: u16,
-    pub peer: Peer,
-    pub address: IpAddr,
-    pub at: Timestamp,
-    /// By a STRICT port.
-    pub refused: bool,
-}
-
-/// What is known of one peer at one port.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Row {
-    /// The last one it came from.
-    pub address: IpAddr,
-    /// Connections that were accepted; those that were open before the observation began count as one each.
-    pub connections: u64,
-    /// Attempts that a STRICT port refused.
-    pub refused: u64,
-    /// Open at the last look.
-    pub open: u64,
-    pub first: Timestamp,
-    pub last: Timestamp,
-}
-
-/// A count of what is not kept one by one.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Tally {
-    pub count: u64,
-    pub last: Option<Timestamp>,
-}
-
-impl Tally {
-    pub fn add(&mut self, count: u64, at: Timestamp) {
-        self.count += count;
-        self.last = self.last.max(Some(at));
     }
 }
 
@@ -193,6 +138,31 @@ impl Store {
                 row.last = row.last.max(sighting.at);
             }
         }
+    }
+
+    /// Gives peers of a pod that were only addresses, and first seen since `since`, the names they have come to have.
+    pub fn name(&mut self, key: &str, since: Timestamp, named: impl Fn(u16, IpAddr) -> Peer) {
+        let Some(pod) = self.pods.get_mut(key) else { return };
+        for (number, port) in &mut pod.ports {
+            let nameless = port.peers.iter().filter(|(peer, row)| peer.is_address() && row.first >= since);
+            let renamed: Vec<(Peer, Peer)> = nameless
+                .map(|(peer, row)| (peer.clone(), named(*number, row.address)))
+                .filter(|(_, name)| !name.is_address())
+                .collect();
+            for (nameless, name) in renamed {
+                let workloads = port.peers.keys().filter(|peer| !peer.is_address()).count();
+                if !port.peers.contains_key(&name) && workloads >= self.limits.workloads_per_port {
+                    continue;
+                }
+                let Some(row) = port.peers.remove(&nameless) else { continue };
+                match port.peers.get_mut(&name) {
+                    Some(known) => known.merge(&row),
+                    None => drop(port.peers.insert(name, row)),
+                }
+            }
+        }
+        pod.settle();
+        self.rows = self.pods.values().map(|pod| pod.rows).sum();
     }
 
     /// Drops what was last seen before `before`.
@@ -327,11 +297,5 @@ impl Pod {
         });
         self.missed = missed;
         self.rows = self.ports.values().map(|port| port.peers.len()).sum();
-    }
-}
-
-impl Peer {
-    fn is_address(&self) -> bool {
-        matches!(self.source, Source::Address(_))
     }
 }

@@ -119,7 +119,7 @@ NOT READY FOR STRICT  node node-a, namespace shop, window 1d 0h
   shop/web port 80: 2 peers would be cut off
 
 OBSERVED WORKLOADS (1)
-  POD       MODE     OBSERVED SINCE           FOR  PORTS NOT STRICT  READY
+  POD       MODE     OBSERVED SINCE          FOR  PORTS NOT STRICT  READY
   shop/web  DISABLE  2026-01-01T02:04:05Z  1d 1h  80,81             NO
   shop/web: 65533 attempts at ports that nothing listens on
 
