@@ -26,7 +26,7 @@ fn facts() -> Facts {
         address: "192.0.2.7".parse().unwrap(),
         connections: 12,
         refused: 1,
-        open: 2,
+        open: 0,
         first: before(3600),
         last: before(120),
     };
@@ -125,12 +125,12 @@ OBSERVED WORKLOADS (1)
 
 WOULD BE CUT OFF (2)
   DESTINATION  MODE     CLIENT               ADDRESS    CONNECTIONS  OPEN  REFUSED  FIRST SEEN            LAST SEEN
-  shop/web:80  DISABLE  outside/\u{fffd}cron        192.0.2.7           12     2        1  2026-01-02T02:04:05Z  2026-01-02T03:02:05Z
-  shop/web:80  DISABLE  unknown to the mesh  192.0.2.7           12     2        1  2026-01-02T01:04:05Z  2026-01-02T02:54:05Z
+  shop/web:80  DISABLE  outside/\u{fffd}cron        192.0.2.7           12     0        1  2026-01-02T02:04:05Z  2026-01-02T03:02:05Z
+  shop/web:80  DISABLE  unknown to the mesh  192.0.2.7           12     0        1  2026-01-02T01:04:05Z  2026-01-02T02:54:05Z
 
 PLAINTEXT BECAUSE OF DISABLE; WOULD USE MTLS (1)
   DESTINATION  MODE     CLIENT              ADDRESS    CONNECTIONS  OPEN  REFUSED  FIRST SEEN            LAST SEEN
-  shop/web:81  DISABLE  shop/db (enrolled)  192.0.2.7           12     2        1  2026-01-02T02:04:05Z  2026-01-02T03:02:05Z
+  shop/web:81  DISABLE  shop/db (enrolled)  192.0.2.7           12     0        1  2026-01-02T02:04:05Z  2026-01-02T03:02:05Z
 
 WITH THE DRY-RUN POLICIES ENFORCED (1)
   DESTINATION  MODE     WOULD BE  BY          WOULD CUT OFF
