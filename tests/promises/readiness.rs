@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use mtls_tests::{Agent, Lab, Level, Mesh, Mode, Pod, PodSpec, eventually};
+use mtls_tests::{Agent, Lab, Level, Mesh, Mode, Pod, PodSpec, Running, eventually};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::{Scene, assert_echoed, assert_refused, needs};
@@ -178,8 +180,12 @@ fn a_connection_older_than_the_agent_is_listed_and_the_pods_own_is_not() -> Resu
     assert_eq!(after.cut_off(7000), [stranger("cron", 1, 1)], "{:#}", after.json);
     let since = |said: &Said| said.json["workloads"][0]["observed_since"].to_string();
     assert!(since(&before) < since(&after), "{} {}", since(&before), since(&after));
-    // Long open and silent, it is still somebody who would be cut off now.
-    std::thread::sleep(Duration::from_secs(3));
+    // Long open and silent, it is still somebody who would be cut off now; a probe that takes its time never is.
+    let mut probe = lab.node("node-b")?.command(mtls_tests::lab_app()?);
+    probe.args(["dial", "wait", &server.addr(7000).to_string()]);
+    let probe = Running::start(probe)?;
+    probe.json_with("established")?;
+    std::thread::sleep(Duration::from_secs(6));
     assert_eq!(ask(agent, &["--window", "1s"])?.cut_off(7000), [stranger("cron", 1, 1)]);
     drop(held);
     asked_until(agent, &["--window", "1s"], |said| said.code == Some(0))?;
@@ -326,6 +332,30 @@ fn a_scan_of_every_port_costs_bounded_memory_and_hides_nobody() -> Result<()> {
     );
     let grown = agent.resident_bytes()?.saturating_sub(before);
     assert!(grown < 16 << 20, "the agent grew by {grown} bytes");
+    Ok(())
+}
+
+#[test]
+fn what_the_agent_was_too_slow_for_is_said_and_is_not_ready() -> Result<()> {
+    needs!();
+    let mut scene = Scene::new()?;
+    let scanner = scene.lab.outsider("node-b", "scanner")?;
+    let agent = scene.mesh.agent("node-b");
+    let before = asked_until(agent, &["--window", "1s"], |said| said.code == Some(0))?;
+    assert_eq!(before.json["lost"]["count"], 0, "{:#}", before.json);
+    let pid = Pid::from_raw(agent.pid().context("the agent runs")?.try_into()?);
+    kill(pid, Signal::SIGSTOP)?;
+    let scanned = scanner.app(&["scan", &scene.server.ip().to_string()]);
+    kill(pid, Signal::SIGCONT)?;
+    assert!(scanned?["refused"].as_u64() > Some(65_000));
+    let agent = scene.mesh.agent("node-b");
+    let said =
+        asked_until(agent, &["--window", "10m"], |said| said.json["lost"]["count"].as_u64() > Some(10_000))?;
+    let reasons = said.json["reasons"].to_string();
+    assert!(said.code == Some(1) && reasons.contains("came faster than could be taken in"), "{reasons}");
+    assert!(agent.metrics()?.sum("mtls_plaintext_sightings_lost_total", &[]) > 10_000.0);
+    // What was lost before the window is nobody's reason any more.
+    asked_until(agent, &["--window", "1s"], |said| said.code == Some(0))?;
     Ok(())
 }
 
