@@ -11,8 +11,9 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -22,6 +23,7 @@ use crate::drain::Working;
 use crate::mesh::{Destination, Mesh, Workload};
 use crate::observe::{Connection, Direction, Flow, Party, Path, Refusal};
 use crate::outcome;
+use crate::plaintext::Seen;
 use crate::policy::{Authorized, Peer, Request};
 use crate::relay::{self, End, Report};
 use crate::tunnel;
@@ -38,11 +40,11 @@ pub async fn outbound(worker: Arc<Worker>, pod: Arc<Pod>, _working: Working, app
     };
     match far {
         Far::Plain(far) => {
-            let report = relay::plain(&app, &far, open.progress(), stopped(&open)).await;
+            let report = relay::plain(&app, &far, open.progress(), pin!(stopped(&open))).await;
             finish(open, report);
         }
         Far::Tunnel(mut stream) => {
-            let report = relay::tunnelled(&app, &mut stream, open.progress(), stopped(&open)).await;
+            let report = relay::tunnelled(&app, &mut stream, open.progress(), pin!(stopped(&open))).await;
             finish(open, report);
         }
     }
@@ -201,7 +203,8 @@ pub async fn inbound(worker: Arc<Worker>, pod: Arc<Pod>, mut working: Working, p
                 worker.count_tunnel(Direction::Inbound, std::mem::replace(&mut reused, true), resumed);
                 let clean = match Box::pin(open_inbound(&worker, &pod, from, request)).await {
                     Ok(Admitted { app, stream, open }) => {
-                        let report = relay::tunnelled(&app, stream, open.progress(), stopped(&open)).await;
+                        let report =
+                            relay::tunnelled(&app, stream, open.progress(), pin!(stopped(&open))).await;
                         finish(open, report)
                     }
                     Err(usable) => usable,
@@ -295,7 +298,7 @@ pub async fn plaintext(worker: Arc<Worker>, pod: Arc<Pod>, _working: Working, cl
     let Some((open, app)) = Box::pin(open_plaintext(&worker, &pod, &client)).await else {
         return reset(client);
     };
-    let report = relay::plain(&client, &app, open.progress(), stopped(&open)).await;
+    let report = relay::plain(&client, &app, open.progress(), pin!(stopped(&open))).await;
     finish(open, report);
 }
 
@@ -323,7 +326,11 @@ async fn open_plaintext(worker: &Worker, pod: &Pod, client: &TcpStream) -> Optio
         Err(denied) => return refuse(worker, flow, Refusal::Denied(denied)),
     };
     match deliver(worker, pod, to, flow.original_src, permit).await {
-        Ok(app) => Some((worker.observer.open(flow), app)),
+        Ok(app) => {
+            let (source, at) = (from.ip(), SystemTime::now());
+            worker.plaintext.put(Seen { destination: to, source, at, refused: false });
+            Some((worker.observer.open(flow), app))
+        }
         Err(error) => refuse(worker, flow, outcome::unreachable(&error)),
     }
 }

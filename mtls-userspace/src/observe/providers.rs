@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::status::{IdentityRow, MeshRow, PodRow};
+use crate::plaintext;
 
 type Ask<T> = Arc<dyn Fn() -> T + Send + Sync>;
 
@@ -33,6 +34,8 @@ pub(super) struct Providers {
     pods: Source<Vec<PodRow>>,
     mesh: Source<MeshRow>,
     kernel_counters: Source<Vec<(&'static str, u64)>>,
+    plaintext: Source<plaintext::Facts>,
+    plaintext_counts: Source<plaintext::Counts>,
 }
 
 impl Providers {
@@ -50,6 +53,19 @@ impl Providers {
 
     pub fn set_kernel_counters(&self, ask: Ask<Vec<(&'static str, u64)>>) {
         self.kernel_counters.set(ask);
+    }
+
+    pub fn set_plaintext(&self, facts: Ask<plaintext::Facts>, counts: Ask<plaintext::Counts>) {
+        self.plaintext.set(facts);
+        self.plaintext_counts.set(counts);
+    }
+
+    pub fn plaintext(&self) -> Option<plaintext::Facts> {
+        self.plaintext.ask()
+    }
+
+    pub fn plaintext_counts(&self) -> Option<plaintext::Counts> {
+        self.plaintext_counts.ask()
     }
 
     pub fn identities(&self) -> Vec<IdentityRow> {

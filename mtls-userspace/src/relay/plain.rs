@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::io;
 use std::net::Shutdown;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 
 use socket2::SockRef;
@@ -23,16 +23,15 @@ pub async fn plain(
     a: &TcpStream,
     b: &TcpStream,
     progress: &Progress,
-    stop: impl Future<Output = ()>,
+    mut stop: impl Future<Output = ()> + Unpin,
 ) -> Report {
     reset_on_close(a);
     reset_on_close(b);
     let end = {
-        let mut stop = pin!(stop);
         let mut watch = None;
         let (mut forth, mut back) = (Copy::new(a, b), Copy::new(b, a));
         std::future::poll_fn(|cx| {
-            if stop.as_mut().poll(cx).is_ready() {
+            if Pin::new(&mut stop).poll(cx).is_ready() {
                 return Poll::Ready(End::Revoked);
             }
             let polled = poll_both(&mut forth, &mut back, progress, cx);

@@ -7,7 +7,7 @@
 use std::future::Future;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::Shutdown;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, ready};
 
 use socket2::SockRef;
@@ -34,7 +34,7 @@ pub async fn tunnelled(
     app: &TcpStream,
     stream: &mut Stream,
     progress: &Progress,
-    stop: impl Future<Output = ()>,
+    mut stop: impl Future<Output = ()> + Unpin,
 ) -> Report {
     reset_on_close(app);
     let end = {
@@ -50,10 +50,9 @@ pub async fn tunnelled(
             tunnel_failed: None,
             rejection: None,
         };
-        let mut stop = pin!(stop);
         let mut watch = None;
         std::future::poll_fn(|cx| {
-            if stop.as_mut().poll(cx).is_ready() {
+            if Pin::new(&mut stop).poll(cx).is_ready() {
                 return Poll::Ready(End::Revoked);
             }
             let polled = relay.poll(cx);

@@ -10,4 +10,5 @@ mod exposition;
 mod flows;
 mod health_metrics;
 mod status_command;
+mod strict_readiness;
 mod traffic_metrics;

@@ -2,6 +2,7 @@
 //! loopback.
 
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
@@ -247,7 +248,7 @@ async fn serve(
         match dial_application(destination).await {
             Ok(app) => {
                 let (_, stream) = request.accept();
-                let report = tunnelled(&app, stream, &Progress::default(), revoked.notified()).await;
+                let report = tunnelled(&app, stream, &Progress::default(), pin!(revoked.notified())).await;
                 drop(app);
                 let clean = matches!(report.end, mtls::relay::End::Clean);
                 let _ = reports.send(report);
