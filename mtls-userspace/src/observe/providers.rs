@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use super::readiness::Judged;
 use super::status::{IdentityRow, MeshRow, PodRow};
 
 type Ask<T> = Arc<dyn Fn() -> T + Send + Sync>;
@@ -33,6 +34,7 @@ pub(super) struct Providers {
     pods: Source<Vec<PodRow>>,
     mesh: Source<MeshRow>,
     kernel_counters: Source<Vec<(&'static str, u64)>>,
+    conditions: Source<Judged>,
 }
 
 impl Providers {
@@ -52,6 +54,10 @@ impl Providers {
         self.kernel_counters.set(ask);
     }
 
+    pub fn set_conditions(&self, ask: Ask<Judged>) {
+        self.conditions.set(ask);
+    }
+
     pub fn identities(&self) -> Vec<IdentityRow> {
         self.identities.ask().unwrap_or_default()
     }
@@ -66,6 +72,10 @@ impl Providers {
 
     pub fn kernel_counters(&self) -> Vec<(&'static str, u64)> {
         self.kernel_counters.ask().unwrap_or_default()
+    }
+
+    pub fn conditions(&self) -> Judged {
+        self.conditions.ask().unwrap_or_default()
     }
 }
 

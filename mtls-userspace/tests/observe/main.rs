@@ -9,5 +9,6 @@ mod agent;
 mod exposition;
 mod flows;
 mod health_metrics;
+mod overview;
 mod status_command;
 mod traffic_metrics;
