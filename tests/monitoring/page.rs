@@ -64,12 +64,15 @@ fn it_shows_who_speaks_to_whom_and_how_it_is_protected() -> Result<()> {
     let near = edge(&browser, "shop/near", "shop/server", "same_node")?;
     assert_eq!(browser.run("return document.getElementById('verdict').dataset.level")?, "good");
     assert!(
-        !is_shown(&browser.run(EDGES)?, "/from", "shop/server", "plaintext"),
+        !is_shown(&browser.run(EDGES)?, "outside/intruder", "shop/server", "plaintext"),
         "plaintext before there was any"
     );
     assert_eq!(scene.dial(&scene.intruder, &scene.open())?["ended"], "eof");
     assert_eq!(scene.dial(&scene.intruder, &scene.strict())?["ended"], "refused");
-    let plaintext = edge(&browser, "/from", "shop/server", "plaintext")?;
+    let plaintext = edge(&browser, "outside/intruder", "shop/server", "plaintext")?;
+    // A node's own processes are no workload.
+    assert_eq!(scene.lab.node("node-a")?.app(&["dial", "echo", &scene.open()])?["ended"], "eof");
+    assert_eq!(edge(&browser, "/from", "shop/server", "plaintext")?, plaintext);
     let colors = [encrypted.as_str(), &near, &plaintext];
     assert_eq!(colors, ["rgb(22, 128, 60)", "rgb(37, 99, 235)", "rgb(212, 37, 44)"], "green, blue, red");
     browser.wait("a warning", "return document.getElementById('verdict').dataset.level === 'bad'")?;

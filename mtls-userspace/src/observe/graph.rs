@@ -10,7 +10,6 @@ use serde::Serialize;
 
 use super::Inner;
 use super::flow::Direction;
-use super::metrics::Plaintext;
 use super::traffic::{Principal, Series, TrafficLabels, UNKNOWN};
 
 /// Edges that one answer has at most; what is unprotected and what carries most comes first.
@@ -153,30 +152,13 @@ impl Inner {
         (edges, all)
     }
 
-    /// What the kernel half let in or refused alone is known by its destination only.
     fn add_kernels_plaintext(&self, reported: &mut Reported) {
-        let mut seen: BTreeMap<End, Totals> = BTreeMap::new();
-        // Above the cap the destination is not known either.
-        for entry in self.events.plaintext.live().iter().filter(|entry| entry.labels.port.is_some()) {
-            let (labels, count) = (&entry.labels, entry.value.load(Ordering::Relaxed));
-            let Some(end) = End::new((&labels.namespace, &labels.workload)) else { continue };
-            let totals = seen.entry(end).or_default();
-            match labels.outcome {
-                Plaintext::Accepted => totals.opened += count,
-                Plaintext::Refused => totals.refused += count,
-            }
-        }
-        // What the agent judged is in both tables.
-        for ((_, destination, protection), reports) in reported.iter() {
-            let (Protection::Plaintext, Some(destination)) = (protection, destination) else { continue };
-            let (Some(totals), Some(judged)) = (seen.get_mut(destination), &reports[1]) else { continue };
-            totals.opened = totals.opened.saturating_sub(judged.opened);
-            totals.refused = totals.refused.saturating_sub(judged.refused);
-        }
-        for (destination, totals) in seen.into_iter().filter(|(_, totals)| *totals != Totals::default()) {
-            let key = (None, Some(destination), Protection::Plaintext);
+        self.kernels_plaintext.for_each(|ends, opened, refused| {
+            let [source, destination] = ends.map(End::new);
+            let key = (source, destination, Protection::Plaintext);
+            let totals = Totals { opened, refused, ..Totals::default() };
             reported.entry(key).or_default()[1].get_or_insert_default().add(&totals);
-        }
+        });
     }
 }
 

@@ -100,11 +100,11 @@ impl Labels for Refused<'_> {
 
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct PlaintextLabels {
-    pub namespace: Box<str>,
-    pub workload: Box<str>,
+    namespace: Box<str>,
+    workload: Box<str>,
     /// None stands for all ports above the cap.
-    pub port: Option<u16>,
-    pub outcome: Plaintext,
+    port: Option<u16>,
+    outcome: Plaintext,
 }
 
 #[derive(Hash)]

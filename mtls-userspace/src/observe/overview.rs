@@ -106,7 +106,7 @@ impl Observer {
             refusals: self.refusals(),
             edges,
             edges_total,
-            overflowed: self.inner.traffic.overflowed(),
+            overflowed: self.inner.traffic.overflowed() + self.inner.kernels_plaintext.overflowed(),
         }
     }
 

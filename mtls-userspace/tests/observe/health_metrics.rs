@@ -48,8 +48,8 @@ fn plaintext_is_counted_per_destination_and_port_and_tunnelled_connections_are_n
     agent.observer.refused(stranger_to_db(), strict());
     // What the kernel refused by itself.
     let db = pod("data", "db-1", &[("statefulset.kubernetes.io/pod-name", "db-1")]);
-    agent.observer.plaintext(&db, 5432, Plaintext::Refused);
-    agent.observer.plaintext(&db, 22, Plaintext::Refused);
+    agent.observer.plaintext(None, &db, 5432, Plaintext::Refused);
+    agent.observer.plaintext(None, &db, 22, Plaintext::Refused);
     let samples = agent.scrape();
     let count = |port, outcome| {
         let labels = [
@@ -71,7 +71,7 @@ fn a_scan_of_all_ports_does_not_grow_the_metrics_without_bound() {
     let agent = Agent::start();
     let db = pod("data", "db-0", &[]);
     for port in 0..=u16::MAX {
-        agent.observer.plaintext(&db, port, Plaintext::Refused);
+        agent.observer.plaintext(None, &db, port, Plaintext::Refused);
     }
     let samples = agent.scrape();
     assert_eq!(samples.of("mtls_plaintext_connections_total", &[]).len(), 2001);

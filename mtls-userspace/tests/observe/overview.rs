@@ -70,23 +70,26 @@ fn a_flow_inside_the_node_is_one_flow() {
 }
 
 #[test]
-fn plaintext_is_told_apart_by_whether_the_agent_or_the_kernel_decided() {
+fn plaintext_counts_whether_the_agent_or_the_kernel_decided() {
     let agent = Agent::start();
     let db = pod("data", "db-0", &[("statefulset.kubernetes.io/pod-name", "db-0")]);
-    // Judged here, from a pod that the mesh knows; its own count is not taken for another's.
+    // Judged here, from a pod that the mesh knows.
     let known = Party { workload: Some(pod("outside", "cron", &[])), identity: None };
     agent.observer.open(Flow { source: known, ..stranger_to_db() }).close(Ending::Clean);
     let cron = edge(&agent, "plaintext");
     assert_eq!(cron["source"], json!({ "namespace": "outside", "workload": "cron" }));
     assert_eq!(totals(&cron)[..3], [0, 1, 0]);
-    // Decided in the kernel, which tells the destination only.
-    for outcome in [Plaintext::Accepted, Plaintext::Accepted, Plaintext::Refused] {
-        agent.observer.plaintext(&db, 5432, outcome);
+    // Decided in the kernel: of the same pod, and from an address that is nobody's.
+    let source = pod("outside", "cron", &[]);
+    agent.observer.plaintext(Some(&source), &db, 5432, Plaintext::Accepted);
+    assert_eq!(totals(&edge(&agent, "plaintext"))[..3], [0, 2, 0]);
+    for (port, outcome) in [(5432, Plaintext::Accepted), (5432, Plaintext::Refused), (22, Plaintext::Refused)]
+    {
+        agent.observer.plaintext(None, &db, port, outcome);
     }
-    agent.observer.plaintext(&db, 22, Plaintext::Refused);
     let nobodys: Vec<Value> = edges(&agent).into_iter().filter(|edge| edge["source"].is_null()).collect();
     assert_eq!(nobodys.len(), 1, "{nobodys:#?}");
-    assert_eq!(totals(&nobodys[0]), [0, 2, 2, 0, 0]);
+    assert_eq!(totals(&nobodys[0]), [0, 1, 2, 0, 0]);
     assert_eq!(nobodys[0]["protection"], "plaintext");
     assert_eq!(edges(&agent).len(), 2);
 }

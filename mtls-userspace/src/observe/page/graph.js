@@ -103,7 +103,7 @@ function short(text, font) {
 
 function nodeShape(id, { end, here }, at, edges) {
   const y = at.y - BOX.height / 2;
-  const bare = id === '/from' && edges.some((edge) => edge.from === id && edge.protection === 'plaintext');
+  const bare = edges.some((edge) => edge.from === id && edge.protection === 'plaintext');
   const shape = draw('g', {
     class: `node${here ? ' here' : ''}${bare ? ' bare' : ''}`, tabindex: 0, role: 'img',
     'aria-label': `${end.workload}, ${end.namespace}: ${describeNode(id, edges)}`,
