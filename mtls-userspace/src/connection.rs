@@ -12,7 +12,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -22,6 +22,7 @@ use crate::drain::Working;
 use crate::mesh::{Destination, Mesh, Workload};
 use crate::observe::{Connection, Direction, Flow, Party, Path, Refusal};
 use crate::outcome;
+use crate::plaintext::Seen;
 use crate::policy::{Authorized, Peer, Request};
 use crate::relay::{self, End, Report};
 use crate::tunnel;
@@ -287,6 +288,8 @@ pub async fn plaintext(worker: Arc<Worker>, pod: Arc<Pod>, client: TcpStream) {
     };
     match deliver(&worker, &pod, to, flow.original_src, permit).await {
         Ok(app) => {
+            let (source, at) = (from.ip(), SystemTime::now());
+            worker.plaintext.put(Seen { destination: to, source, at, refused: false });
             let open = worker.observer.open(flow);
             finish(open, async |open| relay::plain(&client, &app, open.progress(), stopped(open)).await)
                 .await;

@@ -17,6 +17,7 @@
 //! | [`tunnel`] | captured stream + destination ↔ authenticated tunnel |
 //! | [`relay`] | two streams → a report |
 //! | [`ca`] | certificate signing requests → certificates |
+//! | [`plaintext`] | plaintext that was seen → readiness for STRICT |
 //! | [`observe`] | counters, access log, admin API |
 //!
 //! [`explain`] says what the walk would do to a connection without making one.
@@ -36,6 +37,7 @@ pub mod mesh;
 pub mod node;
 pub mod observe;
 pub mod outcome;
+pub mod plaintext;
 pub mod policy;
 pub mod relay;
 pub mod tunnel;

@@ -21,6 +21,8 @@ enum Command {
     Ca(cli::ca::Ca),
     /// Show what the agent on this node is doing
     Status(cli::status::Args),
+    /// Say who would be cut off if STRICT came now: exit 0 nobody, 1 somebody or not known, 2 nobody could tell
+    Readiness(cli::readiness::Args),
     /// Look over policies, or explain what they would do to a connection
     Policy(cli::policy::Args),
     /// Measure: a load client and its server
@@ -32,6 +34,7 @@ fn main() -> ExitCode {
         Command::Node(node) => node.run(),
         Command::Ca(ca) => cli::ca::main(ca),
         Command::Status(args) => cli::status::main(&args),
+        Command::Readiness(args) => return cli::readiness::main(&args),
         Command::Policy(args) => cli::policy::main(args),
         Command::Bench(bench) => bench.run(),
     };

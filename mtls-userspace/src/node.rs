@@ -18,6 +18,7 @@ use crate::enrolment::Enrolment;
 use crate::identity::{self, Identities};
 use crate::mesh::{self, Mesh};
 use crate::observe::{self, Admin, IdentityRow, MeshRow, Observer, Plaintext, PodRow, Readiness};
+use crate::plaintext;
 use crate::policy::{Peer, Request};
 use crate::tunnel;
 use crate::worker::{self, LocalPods, Worker};
@@ -57,6 +58,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
 
     let drain = Drain::new();
     let local = Arc::new(LocalPods::default());
+    let inbox = Arc::new(plaintext::Inbox::default());
+    let watch = plaintext::Watch::new(
+        config.node.clone(),
+        source.clone(),
+        local.clone(),
+        capture.clone(),
+        inbox.clone(),
+    );
+    let watch = Arc::new(watch.context("kernel half")?);
     let tunnel = Arc::new(tunnel::Config::default());
     let workers = (0..config.workers)
         .map(|index| {
@@ -68,6 +78,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
                 connector: tunnel::Connector::new(tunnel.clone()),
                 acceptor: tunnel::Acceptor::new(tunnel.clone()),
                 observer: observer.clone(),
+                plaintext: inbox.clone(),
                 same_node: config.same_node,
                 congestion: config.loopback_congestion.clone(),
             };
@@ -88,10 +99,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(identities.clone().run(stopped()));
     let pods = Arc::new(ArcSwap::default());
     provide(&observer, &capture, &identities, &source, pods.clone());
+    let (asked, counted) = (watch.clone(), watch.clone());
+    observer.set_plaintext(Arc::new(move || asked.facts()), Arc::new(move || counted.counts()));
     let admin = tokio::spawn(admin.serve(observer.clone(), readiness.clone(), stopped()));
     if let Some(events) = capture.events() {
-        tokio::spawn(watch_kernel(events, source.clone(), observer.clone()));
+        tokio::spawn(watch_kernel(events, source.clone(), observer.clone(), inbox, watch.clone()));
     }
+    tokio::spawn(watch.run(stopped()));
     let control =
         Control { config: config.clone(), source, identities, enrolment, observer: observer.clone(), pods };
     tokio::spawn(control.run(readiness));
@@ -228,15 +242,28 @@ async fn wait_for_signal() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Counts plaintext that the kernel half decided alone.
-async fn watch_kernel(mut events: capture::Events, source: mesh::Source, observer: Observer) {
+/// Counts and reports plaintext that the kernel half decided alone.
+async fn watch_kernel(
+    mut events: capture::Events,
+    source: mesh::Source,
+    observer: Observer,
+    inbox: Arc<plaintext::Inbox>,
+    watch: Arc<plaintext::Watch>,
+) {
     loop {
         let event = match events.next().await {
             Ok(event) => event,
             Err(error) => {
+                watch.blind(error.to_string());
                 return tracing::error!(%error, "the kernel's events can no longer be read: plaintext goes uncounted");
             }
         };
+        inbox.put(plaintext::Seen {
+            destination: event.local,
+            source: event.remote.ip(),
+            at: event.at,
+            refused: event.kind == capture::EventKind::PlaintextRefused,
+        });
         let mesh = source.current();
         let Some(destination) = mesh.workload(event.local.ip()) else { continue };
         let outcome = match event.kind {

@@ -23,6 +23,7 @@ use crate::drain::Working;
 use crate::identity::Identities;
 use crate::mesh::{self, Workload};
 use crate::observe::{Direction, Observer};
+use crate::plaintext;
 use crate::relay;
 use crate::tunnel;
 
@@ -35,6 +36,8 @@ pub struct Worker {
     pub connector: tunnel::Connector,
     pub acceptor: tunnel::Acceptor,
     pub observer: Observer,
+    /// Where plaintext that was let in is reported.
+    pub plaintext: Arc<plaintext::Inbox>,
     pub same_node: SameNode,
     /// Congestion control of loopback legs; `None` leaves the host's.
     pub congestion: Option<String>,
@@ -54,6 +57,18 @@ pub struct LocalPods(ArcSwap<HashMap<IpAddr, Arc<Pod>>>);
 impl LocalPods {
     pub fn at(&self, address: IpAddr) -> Option<Arc<Pod>> {
         self.0.load().get(&address).cloned()
+    }
+
+    /// The pod that an address leads to; also by one that its manifest does not name.
+    pub fn owner(&self, address: IpAddr) -> Option<Arc<Pod>> {
+        self.at(address).or_else(|| self.all().into_iter().find(|pod| pod.socket.has_address(address)))
+    }
+
+    /// Every pod, once.
+    pub fn all(&self) -> Vec<Arc<Pod>> {
+        let pods: HashMap<u64, Arc<Pod>> =
+            self.0.load().values().map(|pod| (pod.socket.netns_cookie(), pod.clone())).collect();
+        pods.into_values().collect()
     }
 
     pub fn replace(&self, pods: impl Iterator<Item = Arc<Pod>>) {

@@ -249,6 +249,133 @@ fn dry_run_modes_say_what_would_change() {
     assert_eq!(dry_run("10.0.0.3"), None, "STRICT already");
 }
 
+/// (rule, policies, (pod, port, mode and who sets it if the dry-run policies were enforced; None: no change)...)
+type DryRunRow = (&'static str, String, Vec<(&'static str, u16, Option<(Mode, Option<&'static str>)>)>);
+
+#[test]
+fn every_rule_of_a_dry_run_mode() {
+    const ROOT: &str = "istio-system";
+    let dry = |namespace: &str, name: &str, spec: &str| {
+        policy(namespace, name, ", annotations: {istio.io/dry-run: 'true'}", spec)
+    };
+    let strict = "{mtls: {mode: STRICT}}";
+    let web = |rest: &str| format!("{{selector: {{matchLabels: {{app: web}}}}, {rest}}}");
+    let rows: Vec<DryRunRow> = vec![
+        ("without dry-run policies nothing would change", mode(ROOT, "STRICT"), vec![("10.0.0.1", 80, None)]),
+        (
+            "a mesh policy would be everybody's",
+            dry(ROOT, "trial", strict),
+            vec![
+                ("10.0.0.1", 80, Some((Strict, Some("istio-system/trial")))),
+                ("10.0.0.3", 9, Some((Strict, Some("istio-system/trial")))),
+            ],
+        ),
+        (
+            "a namespace policy would be its namespace's only",
+            dry("shop", "trial", strict),
+            vec![("10.0.0.2", 80, Some((Strict, Some("shop/trial")))), ("10.0.0.3", 80, None)],
+        ),
+        (
+            "what is STRICT already would not change, whoever sets it",
+            mode("shop", "STRICT") + &dry("shop", "trial", &web("mtls: {mode: STRICT}")),
+            vec![("10.0.0.1", 80, None)],
+        ),
+        (
+            "a port-level mode would change that port only",
+            dry("shop", "trial", &web("portLevelMtls: {80: {mode: STRICT}}")),
+            vec![
+                ("10.0.0.1", 80, Some((Strict, Some("shop/trial")))),
+                ("10.0.0.1", 81, None),
+                ("10.0.0.2", 80, None),
+            ],
+        ),
+        (
+            "a port-level mode in force still beats a workload's dry run",
+            selecting("shop", "web", "portLevelMtls: {80: {mode: PERMISSIVE}}")
+                + &dry("shop", "trial", strict),
+            vec![("10.0.0.1", 80, None), ("10.0.0.1", 81, Some((Strict, Some("shop/trial"))))],
+        ),
+        (
+            "the narrower level wins against a dry run too",
+            mode("shop", "PERMISSIVE") + &dry(ROOT, "trial", strict),
+            vec![("10.0.0.1", 80, None), ("10.0.0.3", 80, Some((Strict, Some("istio-system/trial"))))],
+        ),
+        (
+            "of one level the oldest wins: a newer dry run would do nothing",
+            created("shop", "a", OLD, "{mtls: {mode: PERMISSIVE}}")
+                + &policy(
+                    "shop",
+                    "trial",
+                    &format!(", creationTimestamp: '{NEW}', annotations: {{istio.io/dry-run: 'true'}}"),
+                    strict,
+                ),
+            vec![("10.0.0.1", 80, None)],
+        ),
+        (
+            "an UNSET dry run in front of an enforced policy would open what that closes",
+            mode("shop", "STRICT") + &dry("shop", "a-trial", "{mtls: {mode: UNSET}}"),
+            vec![("10.0.0.1", 80, Some((Permissive, None)))],
+        ),
+        (
+            "DISABLE would be reported as such",
+            dry("shop", "trial", "{mtls: {mode: DISABLE}}"),
+            vec![("10.0.0.1", 80, Some((Disable, Some("shop/trial"))))],
+        ),
+        (
+            "dry-run: false is no dry run",
+            policy("shop", "real", ", annotations: {istio.io/dry-run: 'false'}", strict),
+            vec![("10.0.0.1", 80, None)],
+        ),
+        (
+            "a selector in the root namespace is ignored in a dry run too",
+            dry(ROOT, "trial", &web("mtls: {mode: STRICT}")),
+            vec![("10.0.0.1", 80, None)],
+        ),
+    ];
+    for (rule, policies, expected) in rows {
+        let (with, without) = (mesh(&policies), mesh(&undone(&policies)));
+        for (pod, port, would_be) in expected {
+            let workload = with.workload(pod.parse().unwrap()).unwrap();
+            let dry_run = with.policies.dry_run_mode_set_by(workload, port);
+            let dry_run = dry_run.map(|(mode, policy)| (mode, policy.map(|name| &**name)));
+            assert_eq!(dry_run, would_be, "{rule}: {} port {port}", workload.key());
+            // Whatever it would do, it does nothing.
+            let in_force = (with.policies.mode(workload, port), without.policies.mode(workload, port));
+            assert_eq!(in_force.0, in_force.1, "{rule}: {} port {port}", workload.key());
+        }
+    }
+}
+
+/// The policies without those that are dry runs.
+fn undone(policies: &str) -> String {
+    let kept = policies.split("---\n").filter(|policy| !policy.contains("istio.io/dry-run: 'true'"));
+    kept.filter(|policy| !policy.is_empty()).map(|policy| format!("---\n{policy}")).collect()
+}
+
+#[test]
+fn a_dry_run_is_checked_like_any_other_policy() {
+    let dry = ", annotations: {istio.io/dry-run: 'true'}";
+    let refused = |metadata: &str, spec: &str| {
+        let text = policy("shop", "trial", metadata, spec);
+        Objects::from_yaml("p.yaml", &text).unwrap_err().to_string()
+    };
+    let error = refused(dry, "{portLevelMtls: {80: {mode: STRICT}}}");
+    assert!(error.contains("portLevelMtls needs a selector"), "{error}");
+    let error = refused(dry, "{mtls: {mode: STRICTLY}}");
+    assert!(error.contains("STRICTLY"), "{error}");
+    let error = refused(", annotations: {istio.io/dry-run: 'yes'}", "{mtls: {mode: STRICT}}");
+    assert!(error.contains("istio.io/dry-run is \"yes\""), "{error}");
+    let said = |spec: &str| {
+        let mesh = mesh(&policy("shop", "trial", dry, spec));
+        mesh.policies.warnings().iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    assert_eq!(said("{mtls: {mode: STRICT}}"), [""; 0]);
+    let nobody = said("{selector: {matchLabels: {app: wbe}}, mtls: {mode: STRICT}}");
+    assert!(nobody.len() == 1 && nobody[0].contains("selects no enrolled pod"), "{nobody:?}");
+    let port = said("{selector: {matchLabels: {app: web}}, portLevelMtls: {8080: {mode: STRICT}}}");
+    assert!(port.len() == 1 && port[0].contains("port 8080, which no container"), "{port:?}");
+}
+
 #[test]
 fn what_a_policy_does_not_do_is_said() {
     let rows = [

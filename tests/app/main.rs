@@ -6,6 +6,7 @@
 mod chat;
 mod dial;
 mod ring;
+mod scan;
 mod secure;
 mod serve;
 mod socket;
@@ -32,6 +33,8 @@ enum Command {
     TlsDial(secure::TlsDial),
     /// Accept TLS connections with credentials of any kind.
     TlsServe(secure::TlsServe),
+    /// Try every port.
+    Scan(scan::Scan),
     /// Serve gRPC.
     ChatServe(chat::ChatServe),
     /// Hold a gRPC stream.
@@ -47,6 +50,7 @@ fn main() -> anyhow::Result<()> {
         Command::Dial(dial) => dial.run(),
         Command::TlsDial(dial) => dial.run(),
         Command::TlsServe(serve) => serve.run(),
+        Command::Scan(scan) => scan.run(),
         Command::ChatServe(serve) => serve.run(),
         Command::ChatDial(dial) => dial.run(),
     }

@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::network::plan;
-use crate::process::Running;
+use crate::process::{Finished, Running};
 use crate::{Lab, Node, Response, http_get, requirements};
 
 const CA_PORT: u16 = 15012;
@@ -234,6 +234,14 @@ impl Agent {
         command.arg("status").args(args);
         command.arg("--admin-socket").arg(self.dir.join(format!("{}.sock", self.node.name())));
         Ok(Running::start(command)?.finish()?.success()?.stdout)
+    }
+
+    /// `mtls readiness` to its end; its exit status is the caller's to judge.
+    pub fn readiness(&self, args: &[&str]) -> Result<Finished> {
+        let mut command = self.command()?;
+        command.arg("readiness").args(args);
+        command.arg("--admin-socket").arg(self.dir.join(format!("{}.sock", self.node.name())));
+        Running::start(command)?.finish()
     }
 
     /// Every line of the access log so far.

@@ -13,6 +13,7 @@ mod impostors;
 mod lab_itself;
 mod load;
 mod observed;
+mod readiness;
 mod services;
 mod strict;
 mod transparent;

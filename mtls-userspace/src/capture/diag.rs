@@ -28,6 +28,8 @@ const MESSAGE: usize = 4 + ID;
 const LISTEN: u32 = 1 << 10;
 /// Everything that carries or may yet carry data: not SYN_SENT, TIME_WAIT, CLOSE, LISTEN.
 const CONNECTED: u32 = 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11 | 1 << 12;
+/// What a handshake has opened and nobody has closed on both sides: ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT.
+const ESTABLISHED: u32 = 1 << 1 | 1 << 4 | 1 << 5 | 1 << 8;
 
 /// A netlink socket in the namespace where it was opened.
 pub(super) struct Diag(Socket);
@@ -54,8 +56,18 @@ impl Diag {
         Ok(self.sockets(LISTEN)?.into_iter().map(|socket| socket.local.port()).collect())
     }
 
+    /// Ports that something listens on, on an address that can be dialled from outside.
+    pub fn reachable_ports(&self) -> io::Result<HashSet<u16>> {
+        let listening = self.sockets(LISTEN)?.into_iter().map(|socket| socket.local);
+        Ok(listening.filter(|local| !local.ip().is_loopback()).map(|local| local.port()).collect())
+    }
+
     pub fn connected(&self) -> io::Result<Vec<Tcp>> {
         self.sockets(CONNECTED)
+    }
+
+    pub fn established(&self) -> io::Result<Vec<Tcp>> {
+        self.sockets(ESTABLISHED)
     }
 
     /// Ends a connection as if it had been reset: both applications see it. False if it was gone already.

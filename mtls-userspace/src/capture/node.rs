@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use aya::maps::MapError;
 use ipnet::IpNet;
+use mtls_common::counter::Counter;
 use mtls_common::{Settings, counter, map};
 
 use super::address::{key4, key6, net4, net6, normal};
@@ -145,6 +146,12 @@ impl Capture {
                 Ok((name, values.iter().sum()))
             })
             .collect()
+    }
+
+    /// Events that found the ring buffer full. Outlives agents, as every counter does.
+    pub fn lost_events(&self) -> Result<u64, Error> {
+        let values = self.flows.counters.get(&(Counter::LostEvents as u32), 0);
+        Ok(values.map_err(on(map::COUNTERS, "reading"))?.iter().sum())
     }
 
     /// The reader of the kernel half's events; only the first call gets it.

@@ -1,7 +1,8 @@
 //! An enrolled pod on this node: sockets inside it, and what the kernel half knows of its connections.
 
+use std::collections::HashSet;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
@@ -75,6 +76,32 @@ impl LocalPod {
         announce().map_err(|source| Error::Announce { pod: self.name.clone(), source })
     }
 
+    /// Ports of the pod that can be dialled from outside and that something of its own listens on.
+    pub fn served_ports(&self) -> Result<HashSet<u16>, Error> {
+        let failed = |what| move |source| Error::Diag { pod: self.name.clone(), what, source };
+        let diag = self.netns.within(Diag::open).and_then(|diag| diag).map_err(failed("opening"))?;
+        let mut ports = diag.reachable_ports().map_err(failed("listing listeners"))?;
+        ports.retain(|port| !is_ours(*port));
+        Ok(ports)
+    }
+
+    /// Open plaintext connections from outside the pod, as (port dialled, client); without those of the node's own
+    /// (probes). Costs a walk over every connection of the machine.
+    pub fn open_plaintext(&self) -> Result<Vec<(u16, IpAddr)>, Error> {
+        let failed = |what| move |source| Error::Diag { pod: self.name.clone(), what, source };
+        let diag = self.netns.within(Diag::open).and_then(|diag| diag).map_err(failed("opening"))?;
+        let served = diag.listening_ports().map_err(failed("listing listeners"))?;
+        let open = diag.established().map_err(failed("listing connections"))?;
+        let plaintext =
+            open.iter().filter(|tcp| served.contains(&tcp.local.port()) && self.is_plaintext(tcp));
+        Ok(plaintext.map(|tcp| (tcp.local.port(), tcp.remote.ip())).collect())
+    }
+
+    /// Whether the address is this pod's, by its manifest or by its interfaces.
+    pub fn has_address(&self, ip: IpAddr) -> bool {
+        self.flows.local.get(&words(ip), 0).is_ok_and(|local| local.netns == self.netns_cookie())
+    }
+
     /// Resets every open plaintext connection that came from outside the pod to a port for which `ports` is true.
     /// Connections of the node's own (probes) stay. Returns how many there were.
     pub fn reset_plaintext(&self, ports: &dyn Fn(u16) -> bool) -> Result<usize, Error> {
@@ -96,17 +123,12 @@ impl LocalPod {
 
     fn is_plaintext(&self, socket: &Tcp) -> bool {
         let (local, remote) = (socket.local, socket.remote);
-        let is_ours = matches!(local.port(), OUTBOUND_PORT | PLAINTEXT_PORT | TUNNEL_PORT);
-        let is_own = local.ip() == remote.ip() || remote.ip().is_loopback() || self.owns(remote);
+        let is_own = local.ip() == remote.ip() || remote.ip().is_loopback() || self.has_address(remote.ip());
         let is_trusted = || {
             let flow = Flow { netns: 0, ..self.flow(remote, local) };
             self.flows.trusted.get(&flow, 0).is_ok()
         };
-        !is_ours && !is_own && !is_trusted()
-    }
-
-    fn owns(&self, addr: SocketAddr) -> bool {
-        self.flows.local.get(&words(addr.ip()), 0).is_ok_and(|local| local.netns == self.netns_cookie())
+        !is_ours(local.port()) && !is_own && !is_trusted()
     }
 
     fn flow(&self, client: SocketAddr, server: SocketAddr) -> Flow {
@@ -119,6 +141,11 @@ impl LocalPod {
             pad: 0,
         }
     }
+}
+
+/// Whether the port belongs to the agent in every enrolled pod.
+fn is_ours(port: u16) -> bool {
+    matches!(port, OUTBOUND_PORT | PLAINTEXT_PORT | TUNNEL_PORT)
 }
 
 /// 127.128.0.1 to 127.254.255.255: apart from those that captured connections dial.

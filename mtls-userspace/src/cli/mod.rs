@@ -8,6 +8,7 @@ pub mod bench;
 pub mod ca;
 pub mod node;
 pub mod policy;
+pub mod readiness;
 pub mod status;
 
 /// In what form a subcommand prints.

@@ -18,7 +18,7 @@ use super::{Align, Output, Table, printable};
 use crate::identity::SpiffeId;
 use crate::observe::{AgentRow, ConnectionRows, Enrolment, IdentityRow, MeshRow, PodRow, Status};
 
-const PATIENCE: Duration = Duration::from_secs(5);
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 const MAX_ANSWER: usize = 64 << 20;
 
 #[derive(clap::Args, Debug)]
@@ -50,14 +50,14 @@ pub enum Error {
     #[error("what listens on {path} does not speak HTTP as an agent does: {source}", path = path.display())]
     Http { path: PathBuf, source: Box<dyn std::error::Error + Send + Sync> },
 
-    #[error("the agent on {path} answered {status} when asked for its status", path = path.display())]
+    #[error("the agent on {path} answered {status} instead of what it was asked for", path = path.display())]
     Refused { path: PathBuf, status: hyper::StatusCode },
 
     #[error("the agent on {path} answered something this version of mtls cannot read: {source}; use the same version",
         path = path.display())]
     Answer { path: PathBuf, source: serde_json::Error },
 
-    #[error("cannot print the status: {0}")]
+    #[error("cannot print the answer: {0}")]
     Print(#[from] io::Error),
 }
 
@@ -91,7 +91,7 @@ pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<(), Error>
     Ok(())
 }
 
-async fn get(path: &Path, resource: &str) -> Result<Bytes, Error> {
+pub(super) async fn get(path: &Path, resource: &str) -> Result<Bytes, Error> {
     let stream = UnixStream::connect(path).await.map_err(|source| match source.kind() {
         io::ErrorKind::PermissionDenied => Error::NotAllowed { path: path.to_owned() },
         _ => Error::NoAgent { path: path.to_owned(), source },
@@ -308,7 +308,7 @@ fn seconds_between(from: Timestamp, to: Timestamp) -> u64 {
 }
 
 /// The two largest units.
-fn duration(seconds: u64) -> String {
+pub(super) fn duration(seconds: u64) -> String {
     let (days, hours, minutes) = (seconds / 86400, seconds / 3600 % 24, seconds / 60 % 60);
     match (days, hours, minutes) {
         (0, 0, 0) => format!("{seconds}s"),

@@ -23,6 +23,7 @@ use super::exposition::{Format, as_prometheus_text};
 use super::overview::Overview;
 use super::socket::{self, SocketFile};
 use super::{ConnectionRows, Error, IdentityRow, Observer, PodRow, Readiness, Status, page};
+use crate::plaintext::{Asked, LONGEST_WINDOW, Report};
 
 /// Connections that `/status` and, unless told otherwise, `/connections` list.
 const SHOWN: usize = 100;
@@ -128,6 +129,7 @@ fn local(shared: Shared) -> Router {
         .route("/connections", get(connections))
         .route("/certs", get(certificates))
         .route("/pods", get(pods))
+        .route("/readiness", get(strict_readiness))
         .with_state(shared.clone());
     public(shared).merge(details)
 }
@@ -183,6 +185,32 @@ async fn certificates(State(shared): State<Shared>) -> Result<Json<Vec<IdentityR
 
 async fn pods(State(shared): State<Shared>) -> Result<Json<Vec<PodRow>>, StatusCode> {
     blocking(move || shared.observer.inner.providers.pods()).await.map(Json)
+}
+
+/// A day, unless told otherwise.
+const WINDOW_SECONDS: u64 = 24 * 3600;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ReadinessQuery {
+    namespace: Option<String>,
+    window_seconds: Option<u64>,
+    #[serde(default)]
+    dry_run: bool,
+}
+
+/// Who would be cut off if STRICT came now: a [`Report`].
+async fn strict_readiness(
+    State(shared): State<Shared>,
+    Query(query): Query<ReadinessQuery>,
+) -> Result<Json<Report>, StatusCode> {
+    let window = Duration::from_secs(query.window_seconds.unwrap_or(WINDOW_SECONDS));
+    if window > LONGEST_WINDOW {
+        return Err(StatusCode::BAD_REQUEST);
+    }
+    let asked = Asked { namespace: query.namespace, window, dry_run: query.dry_run };
+    let facts = blocking(move || shared.observer.inner.providers.plaintext()).await?;
+    facts.map(|facts| Json(Report::new(facts, &asked))).ok_or(StatusCode::SERVICE_UNAVAILABLE)
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, StatusCode> {

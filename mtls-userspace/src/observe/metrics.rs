@@ -213,6 +213,7 @@ impl Collector for Inner {
         let identities = self.providers.identities();
         encode_certificates(&identities, &mut out)?;
         encode_lifetimes(&identities, &mut out)?;
+        self.encode_plaintext(&mut out)?;
         let kernel = self.providers.kernel_counters().into_iter();
         let kernel = kernel.map(|(name, value)| (vec![("counter", name.to_owned())], value));
         out.counters("mtls_kernel_events", "What the kernel half counted", kernel)
@@ -257,6 +258,21 @@ impl Inner {
         ];
         let overflowed = overflowed.map(|(family, count)| (vec![("family", family.to_owned())], count));
         out.counters("mtls_label_sets_overflowed", "Events counted under an overflow label set", overflowed)
+    }
+
+    fn encode_plaintext(&self, out: &mut Exposition<'_>) -> fmt::Result {
+        let Some(counts) = self.providers.plaintext_counts() else { return Ok(()) };
+        out.gauge("mtls_plaintext_peers", "Plaintext peers remembered for `mtls readiness`", counts.peers)?;
+        out.counter(
+            "mtls_plaintext_peers_not_kept",
+            "Plaintext connections whose peer found no room in the memory of `mtls readiness`",
+            counts.not_kept,
+        )?;
+        out.counter(
+            "mtls_plaintext_sightings_lost",
+            "Plaintext connections that came faster than the agent could take them in",
+            counts.lost,
+        )
     }
 
     fn encode_mesh(&self, out: &mut Exposition<'_>) -> fmt::Result {

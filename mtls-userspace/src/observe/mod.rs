@@ -14,6 +14,7 @@ use jiff::Timestamp;
 use prometheus_client::registry::Registry;
 
 use crate::mesh::Workload;
+use crate::plaintext;
 
 mod access_log;
 mod admin;
@@ -225,6 +226,15 @@ impl Observer {
     /// Where the kernel half's counters are asked for at scrape time; a name may appear once.
     pub fn set_kernel_counters(&self, ask: Arc<dyn Fn() -> Vec<(&'static str, u64)> + Send + Sync>) {
         self.inner.providers.set_kernel_counters(ask);
+    }
+
+    /// Where it is asked who speaks plaintext to this node's pods, and, at scrape time, how many are remembered.
+    pub fn set_plaintext(
+        &self,
+        facts: Arc<dyn Fn() -> plaintext::Facts + Send + Sync>,
+        counts: Arc<dyn Fn() -> plaintext::Counts + Send + Sync>,
+    ) {
+        self.inner.providers.set_plaintext(facts, counts);
     }
 
     /// Waits until the access log has written what was logged so far; false if it could not within `patience`.

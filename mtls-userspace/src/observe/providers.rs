@@ -5,6 +5,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use super::readiness::Judged;
 use super::status::{IdentityRow, MeshRow, PodRow};
+use crate::plaintext;
 
 type Ask<T> = Arc<dyn Fn() -> T + Send + Sync>;
 
@@ -35,6 +36,8 @@ pub(super) struct Providers {
     mesh: Source<MeshRow>,
     kernel_counters: Source<Vec<(&'static str, u64)>>,
     conditions: Source<Judged>,
+    plaintext: Source<plaintext::Facts>,
+    plaintext_counts: Source<plaintext::Counts>,
 }
 
 impl Providers {
@@ -56,6 +59,19 @@ impl Providers {
 
     pub fn set_conditions(&self, ask: Ask<Judged>) {
         self.conditions.set(ask);
+    }
+
+    pub fn set_plaintext(&self, facts: Ask<plaintext::Facts>, counts: Ask<plaintext::Counts>) {
+        self.plaintext.set(facts);
+        self.plaintext_counts.set(counts);
+    }
+
+    pub fn plaintext(&self) -> Option<plaintext::Facts> {
+        self.plaintext.ask()
+    }
+
+    pub fn plaintext_counts(&self) -> Option<plaintext::Counts> {
+        self.plaintext_counts.ask()
     }
 
     pub fn identities(&self) -> Vec<IdentityRow> {

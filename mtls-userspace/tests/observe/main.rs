@@ -11,4 +11,5 @@ mod flows;
 mod health_metrics;
 mod overview;
 mod status_command;
+mod strict_readiness;
 mod traffic_metrics;
