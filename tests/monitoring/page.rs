@@ -56,6 +56,11 @@ fn it_shows_who_speaks_to_whom_and_how_it_is_protected() -> Result<()> {
     browser.wait("that nothing happened yet", "return document.querySelector('#graph .empty') !== null")?;
     assert_eq!(browser.run("return document.title")?, "node-b · mtls");
 
+    browser.wait(
+        "that nobody is known to need plaintext",
+        "return document.getElementById('strict').innerText.includes('Nobody seen so far')",
+    )?;
+
     // One that stays open, one inside the node, one that is not enrolled, and one that STRICT turns away.
     let stream = scene.far.start_app(&["dial", "wait", &scene.open()])?;
     stream.json_with("established")?;
@@ -89,6 +94,9 @@ fn it_shows_who_speaks_to_whom_and_how_it_is_protected() -> Result<()> {
     for condition in ["pods", "identities"] {
         assert!(text("conditions")?.contains(&format!("✓\n{condition}")), "{}", text("conditions")?);
     }
+    let strict = text("strict")?;
+    assert!(strict.contains("shop/server port 7000: 2 peers would be cut off"), "{strict}");
+    assert!(strict.contains("outside/intruder, 1 unnamed address"), "{strict}");
     let pods = text("pods")?;
     assert!(pods.contains("server") && pods.contains("enrolled") && pods.contains("7001 STRICT"), "{pods}");
     assert_eq!(text("refused")?, "1");

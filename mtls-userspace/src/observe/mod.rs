@@ -32,6 +32,7 @@ mod providers;
 mod readiness;
 mod socket;
 mod status;
+mod strict;
 mod traffic;
 mod workload_labels;
 

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::graph::Edge;
 use super::status::{Enrolment, IdentityRow, IssuerRow};
+use super::strict::Strict;
 use super::{Observer, Readiness, process};
 
 #[derive(Debug, Serialize)]
@@ -22,6 +23,8 @@ pub(super) struct Overview {
     uptime_seconds: u64,
     resident_bytes: Option<u64>,
     conditions: Vec<Condition>,
+    /// Who would be cut off if STRICT came now; absent until plaintext is observed.
+    strict: Option<Strict>,
     /// Absent until the configuration has been read.
     mesh: Option<Mesh>,
     pods: Vec<Pod>,
@@ -94,6 +97,7 @@ impl Observer {
             conditions: conditions
                 .map(|(name, missing)| Condition { name, missing: missing.map(|why| why.to_string()) })
                 .collect(),
+            strict: self.inner.providers.plaintext().map(Strict::new),
             mesh: self.inner.providers.mesh().map(|mesh| Mesh {
                 generation: mesh.generation,
                 workloads: mesh.workloads,

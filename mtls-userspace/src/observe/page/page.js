@@ -72,6 +72,7 @@ function show(overview) {
   drawGraph(overview);
   showCertificates(now, overview);
   showConditions(overview.conditions);
+  showStrict(overview.strict);
   showPods(overview.pods);
   showEdges(edges, total);
   showRefusals(refusals);

@@ -99,7 +99,36 @@ function showRefusals(refusals) {
   byId('refusals').replaceChildren(...table(['Reason', '#Connections'], rows, 'No connection was refused by this agent.', 'reason'));
 }
 
+const SIGNS = { met: '✓', missing: '✕', unsure: '?' };
+
+const finding = (level, what, why) => make('li', { class: level }, make('span', { class: 'sign' }, SIGNS[level]),
+  make('span', {}, what, why ? make('span', { class: 'why' }, why) : null));
+
 function showConditions(conditions) {
-  byId('conditions').replaceChildren(...conditions.map(({ name: what, missing }) => make('li', { class: missing ? 'missing' : 'met' },
-    make('span', { class: 'sign' }, missing ? '✕' : '✓'), make('span', {}, what, missing ? make('span', { class: 'why' }, missing) : null))));
+  byId('conditions').replaceChildren(...conditions.map(({ name: what, missing }) => finding(missing ? 'missing' : 'met', what, missing)));
+}
+
+/** Who would be cut off if STRICT came now. */
+function showStrict(strict) {
+  if (!strict) {
+    byId('strict').replaceChildren(finding('unsure', 'Plaintext is not observed yet'));
+    return;
+  }
+  const rows = strict.cut_off.map(({ workload, port, peers, unnamed, connections }) => {
+    const who = [...peers, ...(unnamed ? [many(unnamed, 'unnamed address', 'unnamed addresses')] : [])];
+    return finding('missing', `${workload} port ${port}: ${many(peers.length + unnamed, 'peer')} would be cut off`,
+      `${who.join(', ')}; ${many(connections, 'connection')}`);
+  });
+  const rest = strict.cut_off_total - strict.cut_off.length;
+  if (rest > 0) rows.push(finding('missing', `and ${many(rest, 'port')} more`));
+  const window = duration(strict.window_seconds);
+  if (strict.ready) {
+    rows.push(finding('met', 'Nobody would be cut off', strict.observed_seconds === null
+      ? 'Every port is STRICT already.' : `Observed for all of the last ${window}.`));
+  } else if (!strict.cut_off.length) {
+    rows.push(finding('unsure', 'Nobody seen so far', `Observed for ${duration(strict.observed_seconds ?? 0)} of the ${window} to look back at.`));
+  } else if (strict.unsure) {
+    rows.push(finding('unsure', `${many(strict.unsure, 'workload')} not observed for ${window} yet, or not completely`));
+  }
+  byId('strict').replaceChildren(...rows);
 }
