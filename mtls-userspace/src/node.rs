@@ -270,6 +270,7 @@ async fn watch_kernel(
             capture::EventKind::PlaintextAccepted => Plaintext::Accepted,
             capture::EventKind::PlaintextRefused => Plaintext::Refused,
         };
-        observer.plaintext(destination, event.local.port(), outcome);
+        let source = mesh.workload(event.remote.ip()).map(|source| &**source);
+        observer.plaintext(source, destination, event.local.port(), outcome);
     }
 }

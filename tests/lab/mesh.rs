@@ -2,7 +2,7 @@
 //!
 //! Knows the command line, the admin port and the log lines; nothing of the product's inside.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -298,6 +298,12 @@ impl Metrics {
         self.samples.iter().filter(|(have, l, _)| have == name && carries(l)).map(|(_, _, value)| value).sum()
     }
 
+    /// The labels that samples of a name carry; None if there is no sample.
+    pub fn labels(&self, name: &str) -> Option<BTreeSet<String>> {
+        let samples = self.samples.iter().filter(|(have, _, _)| have == name);
+        samples.map(|(_, labels, _)| labels.keys().cloned().collect()).reduce(|a: BTreeSet<_>, b| &a | &b)
+    }
+
     pub fn has(&self, name: &str) -> bool {
         self.samples.iter().any(|(have, _, _)| have == name)
     }
@@ -383,5 +389,7 @@ mod tests {
         assert_eq!(metrics.sum("a", &[("y", "p, q")]), 2.0);
         assert_eq!(metrics.sum("a", &[("x", "3")]), 0.0);
         assert_eq!(metrics.sum("b", &[]), 4.0);
+        assert_eq!(metrics.labels("a"), Some(["x", "y"].map(str::to_owned).into()));
+        assert_eq!((metrics.labels("b"), metrics.labels("c")), (Some(BTreeSet::new()), None));
     }
 }

@@ -31,13 +31,13 @@ use std::sync::{Arc, Mutex, Once};
 use anyhow::{Context, Result, ensure};
 
 pub use forgery::{Credentials, Forger};
-pub use http::{Response, get as http_get};
+pub use http::{Request, Response, get as http_get};
 pub use manifests::{Level, Mode, Port};
 pub use mesh::{Agent, Mesh, Metrics, Options, eventually};
 pub use network::{cut, sysctl};
 pub use place::{Node, Pod, PodSpec};
 pub use process::{Finished, PATIENCE, Running};
-pub use requirements::{lab_app, missing, mtls, skip};
+pub use requirements::{find, lab_app, missing, mtls, skip};
 pub use wire::{Encrypted, Flow, Seen, Wire};
 
 /// Sent by applications so that a capture can look for it.

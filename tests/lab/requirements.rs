@@ -39,7 +39,7 @@ pub fn skip(programs: &[&str]) -> bool {
     true
 }
 
-/// Finds a program where Debian puts programs.
+/// Finds a program where Debian and `cargo xtask setup` put programs.
 pub fn find(name: &str) -> Option<PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default();
     let mut dirs: Vec<PathBuf> = std::env::split_paths(&path).collect();
@@ -53,6 +53,9 @@ pub fn find(name: &str) -> Option<PathBuf> {
         .collect();
     versions.sort();
     dirs.extend(versions.into_iter().rev());
+    // target/tools, seen as below.
+    let exe = std::env::current_exe().unwrap_or_default();
+    dirs.extend(exe.ancestors().skip(2).take(2).map(|dir| dir.join("tools")));
     dirs.into_iter().map(|dir| dir.join(name)).find(|path| path.is_file())
 }
 

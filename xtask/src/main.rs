@@ -3,6 +3,7 @@
 mod build;
 mod demo;
 mod lint;
+mod promtool;
 mod setup;
 mod test;
 mod toolchain;

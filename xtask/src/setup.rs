@@ -9,9 +9,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
-use crate::{call, cargo, step, toolchain};
+use crate::{call, cargo, promtool, step, toolchain};
 
 /// A file or program that shows whether something is there, and the package that brings it.
 struct Need {
@@ -20,7 +20,7 @@ struct Need {
     why: &'static str,
 }
 
-const NEEDS: [Need; 13] = [
+const NEEDS: [Need; 15] = [
     Need { what: "cc", package: "build-essential", why: "a C compiler, for the cryptographic library" },
     Need { what: "ip", package: "iproute2", why: "the lab's network namespaces" },
     Need { what: "setpriv", package: "util-linux", why: "servers that refuse to run as root" },
@@ -34,6 +34,8 @@ const NEEDS: [Need; 13] = [
     Need { what: "redis-benchmark", package: "redis-tools", why: "load for Redis" },
     Need { what: "mariadbd", package: "mariadb-server", why: "an application of the lab" },
     Need { what: "mariadb-slap", package: "mariadb-client", why: "load for MariaDB" },
+    Need { what: "chromium", package: "chromium", why: "a browser for the status page" },
+    Need { what: "chromedriver", package: "chromium-driver", why: "what tells the browser what to do" },
 ];
 
 /// A compiled `core` for the BPF target, for machines without rustup's nightly and rust-src.
@@ -69,28 +71,36 @@ pub fn run() -> Result<()> {
         install.env("LLVM_PREFIX", LLVM_PREFIX).args(["install", "bpf-linker", "--version", BPF_LINKER]);
         call(install.args(["--no-default-features", "--features", "llvm-22"]))?;
     }
+    promtool::install()?;
     add_components()
 }
 
 fn install(packages: &[&str]) -> Result<()> {
     let list = packages.join(" ");
-    let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
-    if find("apt-get").is_none() || !release.lines().any(|line| line == "ID=debian") {
-        bail!(
-            "this is not Debian: install what Debian calls {list}. For the kernel half, instead of {}: \
-             `rustup toolchain install nightly --component rust-src` and `cargo install bpf-linker`",
-            [&BPF_TOOLCHAIN[..], &LLVM[..]].concat().join(" ")
-        );
-    }
+    let rather = [&BPF_TOOLCHAIN[..], &LLVM[..]].concat().join(" ");
+    require_debian(&list).with_context(|| {
+        format!(
+            "for the kernel half, instead of {rather}: `rustup toolchain install nightly --component rust-src` and \
+             `cargo install bpf-linker`"
+        )
+    })?;
     ensure!(is_root(), "installing needs root: apt-get install {list}");
     step(&format!("installing {list}"));
     let _quiet = NoServices::begin()?;
-    let apt = |args: &[&str]| {
-        let mut apt = Command::new("apt-get");
-        call(apt.env("DEBIAN_FRONTEND", "noninteractive").arg("-qq").args(args))
-    };
     apt(&["update"])?;
     apt(&[&["install", "-y", "--no-install-recommends"], packages].concat())
+}
+
+/// An error unless this machine's packages are Debian's.
+pub fn require_debian(list: &str) -> Result<()> {
+    let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
+    let debian = find("apt-get").is_some() && release.lines().any(|line| line == "ID=debian");
+    ensure!(debian, "this is not Debian: install what Debian calls {list}");
+    Ok(())
+}
+
+pub fn apt(args: &[&str]) -> Result<()> {
+    call(Command::new("apt-get").env("DEBIAN_FRONTEND", "noninteractive").arg("-qq").args(args))
 }
 
 /// While this lives, no package starts a service.
@@ -143,7 +153,7 @@ fn add_components() -> Result<()> {
 }
 
 /// Finds a program where Debian, PostgreSQL and rustup put programs.
-fn find(name: &str) -> Option<PathBuf> {
+pub fn find(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let mut dirs: Vec<PathBuf> = env::split_paths(&path).collect();
     dirs.extend(["/usr/sbin", "/sbin"].map(PathBuf::from));

@@ -1,11 +1,13 @@
-//! The admin API: metrics and health over TCP for scrapers and probes, everything over a unix socket for the node's
-//! own tools.
+//! The admin API: metrics, health and the status page over TCP for scrapers, probes and browsers, everything over a
+//! unix socket for the node's own tools.
 //!
-//! What TCP shows is meant for anybody who can reach the address; connections and certificates are not.
+//! What TCP shows is meant for anybody who can reach the address: sums and dates, as metrics have them. Single
+//! connections, addresses and the words of errors are for the socket.
 
 use std::net::SocketAddr;
 use std::path::Path;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{Query, State};
@@ -18,8 +20,9 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::watch;
 
 use super::exposition::{Format, as_prometheus_text};
+use super::overview::Overview;
 use super::socket::{self, SocketFile};
-use super::{ConnectionRows, Error, IdentityRow, Observer, PodRow, Readiness, Status};
+use super::{ConnectionRows, Error, IdentityRow, Observer, PodRow, Readiness, Status, page};
 use crate::plaintext::{Asked, LONGEST_WINDOW, Report};
 
 /// Connections that `/status` and, unless told otherwise, `/connections` list.
@@ -74,6 +77,8 @@ impl Admin {
         readiness: Readiness,
         shutdown: impl Future<Output = ()>,
     ) -> Result<(), Error> {
+        let conditions = readiness.clone();
+        observer.inner.providers.set_conditions(Arc::new(move || conditions.conditions()));
         let shared = Shared { observer, readiness };
         let (stop, stopping) = watch::channel(());
         let stopped = |mut stopping: watch::Receiver<()>| async move {
@@ -110,6 +115,8 @@ impl Admin {
 
 fn public(shared: Shared) -> Router {
     Router::new()
+        .route("/", get(page::page))
+        .route("/overview", get(overview))
         .route("/metrics", get(metrics))
         .route("/healthz/ready", get(ready))
         .route("/healthz/live", get(async || "live\n"))
@@ -147,6 +154,11 @@ async fn ready(State(shared): State<Shared>) -> Response {
     }
     let reasons: String = missing.iter().map(|(condition, why)| format!("{condition}: {why}\n")).collect();
     (StatusCode::SERVICE_UNAVAILABLE, reasons).into_response()
+}
+
+async fn overview(State(shared): State<Shared>) -> Result<impl IntoResponse, StatusCode> {
+    let overview: Overview = blocking(move || shared.observer.overview(&shared.readiness)).await?;
+    Ok((page::HEADERS, Json(overview)))
 }
 
 async fn status(State(shared): State<Shared>) -> Result<Json<Status>, StatusCode> {

@@ -69,9 +69,9 @@ pub(super) struct DirectionLabels {
 
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct RefusedLabels {
-    direction: &'static str,
-    reason: &'static str,
-    policy: Box<str>,
+    pub direction: &'static str,
+    pub reason: &'static str,
+    pub policy: Box<str>,
 }
 
 #[derive(Hash)]
@@ -189,6 +189,10 @@ impl Collector for Inner {
         let mut out = Exposition::new(encoder);
         let version = vec![("version", env!("CARGO_PKG_VERSION").to_owned())];
         out.gauges("mtls_build_info", "The agent's version; always 1", [(version, 1u64)])?;
+        let conditions = self.providers.conditions().into_iter();
+        let conditions = conditions
+            .map(|(name, missing)| (vec![("condition", name.to_owned())], u64::from(missing.is_none())));
+        out.gauges("mtls_agent_ready", "1 when the condition for being ready is met", conditions)?;
         let open = Direction::ALL.into_iter().flat_map(|direction| {
             Path::ALL.into_iter().map(move |path| {
                 let labels =
@@ -206,7 +210,9 @@ impl Collector for Inner {
         )?;
         self.encode_mesh(&mut out)?;
         self.encode_pods(&mut out)?;
-        encode_certificates(&self.providers.identities(), &mut out)?;
+        let identities = self.providers.identities();
+        encode_certificates(&identities, &mut out)?;
+        encode_lifetimes(&identities, &mut out)?;
         self.encode_plaintext(&mut out)?;
         let kernel = self.providers.kernel_counters().into_iter();
         let kernel = kernel.map(|(name, value)| (vec![("counter", name.to_owned())], value));
@@ -333,6 +339,15 @@ fn encode_certificates(identities: &[IdentityRow], out: &mut Exposition<'_>) -> 
         "Attempts to obtain a certificate that failed",
         failures,
     )
+}
+
+/// What the time left is to be compared with.
+fn encode_lifetimes(identities: &[IdentityRow], out: &mut Exposition<'_>) -> fmt::Result {
+    let lifetimes = identities.iter().filter_map(|row| {
+        let lifetime = row.not_after?.as_second() - row.not_before?.as_second();
+        Some((vec![("identity", row.identity.clone())], lifetime))
+    });
+    out.gauges("mtls_certificate_lifetime_seconds", "How long an identity's certificate lives", lifetimes)
 }
 
 /// Registers everything that is scraped.

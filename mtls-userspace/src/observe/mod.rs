@@ -22,12 +22,17 @@ mod bounded;
 mod connections;
 mod exposition;
 mod flow;
+mod graph;
 mod metrics;
+mod overview;
+mod page;
+mod pairs;
 mod process;
 mod providers;
 mod readiness;
 mod socket;
 mod status;
+mod strict;
 mod traffic;
 mod workload_labels;
 
@@ -93,6 +98,7 @@ struct Inner {
     connections: Connections,
     traffic: Arc<Traffic>,
     events: Events,
+    kernels_plaintext: pairs::Pairs,
     providers: Providers,
     log: Log,
 }
@@ -137,6 +143,7 @@ impl Observer {
             connections: Connections::default(),
             traffic: Arc::new(Traffic::new(Bounded::new(label_sets, label_idle), cluster, &cluster_domain)),
             events: Events::new(label_sets, label_idle),
+            kernels_plaintext: pairs::Pairs::new(label_sets, label_idle),
             providers: Providers::default(),
             log: Log::start(access_log, out),
         });
@@ -195,16 +202,11 @@ impl Observer {
         self.inner.events.tunnels_reused.get_or_create(&labels).inc();
     }
 
-    /// Counts a plaintext connection that the kernel half decided alone. Those that come through
-    /// [`Observer::open`] and [`Observer::refused`] are counted there.
-    pub fn plaintext(&self, destination: &Workload, port: u16, outcome: Plaintext) {
-        let labels = PlaintextTo {
-            namespace: &destination.namespace,
-            workload: workload_labels::controller(destination),
-            port,
-            outcome,
-        };
-        self.inner.events.plaintext.entry(&labels).value.fetch_add(1, Ordering::Relaxed);
+    /// Counts a plaintext connection that the kernel half decided alone; `source` is whoever has the address. Those
+    /// that come through [`Observer::open`] and [`Observer::refused`] are counted there.
+    pub fn plaintext(&self, source: Option<&Workload>, to: &Workload, port: u16, outcome: Plaintext) {
+        self.inner.kernels_plaintext.count(source, to, outcome);
+        self.count_plaintext_to(to, port, outcome);
     }
 
     /// Where certificates are asked for at scrape time.
@@ -331,8 +333,18 @@ impl Observer {
         if let (Direction::Inbound, Path::Plaintext, Some(destination)) =
             (flow.direction, flow.path, &flow.destination.workload)
         {
-            self.plaintext(destination, flow.address.port(), outcome);
+            self.count_plaintext_to(destination, flow.address.port(), outcome);
         }
+    }
+
+    fn count_plaintext_to(&self, destination: &Workload, port: u16, outcome: Plaintext) {
+        let labels = PlaintextTo {
+            namespace: &destination.namespace,
+            workload: workload_labels::controller(destination),
+            port,
+            outcome,
+        };
+        self.inner.events.plaintext.entry(&labels).value.fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use super::readiness::Judged;
 use super::status::{IdentityRow, MeshRow, PodRow};
 use crate::plaintext;
 
@@ -34,6 +35,7 @@ pub(super) struct Providers {
     pods: Source<Vec<PodRow>>,
     mesh: Source<MeshRow>,
     kernel_counters: Source<Vec<(&'static str, u64)>>,
+    conditions: Source<Judged>,
     plaintext: Source<plaintext::Facts>,
     plaintext_counts: Source<plaintext::Counts>,
 }
@@ -53,6 +55,10 @@ impl Providers {
 
     pub fn set_kernel_counters(&self, ask: Ask<Vec<(&'static str, u64)>>) {
         self.kernel_counters.set(ask);
+    }
+
+    pub fn set_conditions(&self, ask: Ask<Judged>) {
+        self.conditions.set(ask);
     }
 
     pub fn set_plaintext(&self, facts: Ask<plaintext::Facts>, counts: Ask<plaintext::Counts>) {
@@ -82,6 +88,10 @@ impl Providers {
 
     pub fn kernel_counters(&self) -> Vec<(&'static str, u64)> {
         self.kernel_counters.ask().unwrap_or_default()
+    }
+
+    pub fn conditions(&self) -> Judged {
+        self.conditions.ask().unwrap_or_default()
     }
 }
 

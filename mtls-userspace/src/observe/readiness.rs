@@ -8,6 +8,9 @@ pub struct Readiness {
     conditions: Conditions,
 }
 
+/// Conditions by name, each with the reason why it is not met.
+pub(super) type Judged = Vec<(&'static str, Option<Arc<str>>)>;
+
 type Conditions = Arc<Mutex<Vec<State>>>;
 
 #[derive(Debug)]
@@ -34,13 +37,18 @@ impl Readiness {
         Condition { name, conditions: self.conditions.clone() }
     }
 
-    /// What is missing, as (condition, reason). Before any condition is registered nothing is known to be ready.
-    pub fn missing(&self) -> Vec<(&'static str, Arc<str>)> {
+    /// Every condition. Before one is registered nothing is known to be ready.
+    pub(super) fn conditions(&self) -> Judged {
         let conditions = lock(&self.conditions);
         if conditions.is_empty() {
-            return vec![("agent", "starting".into())];
+            return vec![("agent", Some("starting".into()))];
         }
-        conditions.iter().filter_map(|state| Some((state.name, state.missing.clone()?))).collect()
+        conditions.iter().map(|state| (state.name, state.missing.clone())).collect()
+    }
+
+    /// What is missing, as (condition, reason).
+    pub fn missing(&self) -> Vec<(&'static str, Arc<str>)> {
+        self.conditions().into_iter().filter_map(|(name, missing)| Some((name, missing?))).collect()
     }
 
     pub fn is_ready(&self) -> bool {

@@ -23,7 +23,7 @@ pub(super) const UNKNOWN: &str = "unknown";
 /// What stands in the labels of everything above the cap.
 pub(super) const OVERFLOW: &str = "overflow";
 
-type Series = Entry<TrafficLabels, Counts>;
+pub(super) type Series = Entry<TrafficLabels, Counts>;
 
 #[derive(Debug, Default)]
 pub(super) struct Counts {
@@ -31,15 +31,15 @@ pub(super) struct Counts {
     pub closed: AtomicU64,
     pub failed: AtomicU64,
     /// Destination to source.
-    sent: AtomicU64,
+    pub sent: AtomicU64,
     /// Source to destination.
-    received: AtomicU64,
+    pub received: AtomicU64,
 }
 
 /// Where a flow is counted.
 #[derive(Debug)]
 pub(super) struct Reports {
-    own: Arc<Series>,
+    pub own: Arc<Series>,
     other: Option<Arc<Series>>,
 }
 
@@ -84,7 +84,7 @@ impl Traffic {
         self.table.overflowed()
     }
 
-    fn live(&self) -> Vec<Arc<Series>> {
+    pub fn live(&self) -> Vec<Arc<Series>> {
         self.table.live()
     }
 }
@@ -115,9 +115,9 @@ const DESTINATION_NAMES: EndLabels<&str> = [
 /// A label set of Istio's TCP metrics.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct TrafficLabels {
-    fixed: Fixed,
+    pub fixed: Fixed,
     source: EndLabels<Box<str>>,
-    source_principal: Principal,
+    pub source_principal: Principal,
     destination: EndLabels<Box<str>>,
     destination_principal: Principal,
     /// Namespace and name.
@@ -125,14 +125,14 @@ pub(super) struct TrafficLabels {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Fixed {
-    reporter: &'static str,
-    response_flags: &'static str,
-    connection_security_policy: &'static str,
+pub(super) struct Fixed {
+    pub reporter: &'static str,
+    pub response_flags: &'static str,
+    pub connection_security_policy: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Principal {
+pub(super) enum Principal {
     Known(SpiffeId),
     Unknown,
     Overflow,
@@ -238,6 +238,11 @@ impl Labels for FlowLabels<'_> {
 }
 
 impl TrafficLabels {
+    /// Namespace and workload of the source and of the destination.
+    pub fn ends(&self) -> [(&str, &str); 2] {
+        [&self.source, &self.destination].map(|end| (&*end[1], &*end[0]))
+    }
+
     fn pairs(&self, service_suffix: &str) -> Vec<(&'static str, String)> {
         let mut pairs = vec![("reporter", self.fixed.reporter.to_owned())];
         let ends = [(SOURCE_NAMES, &self.source), (DESTINATION_NAMES, &self.destination)];
