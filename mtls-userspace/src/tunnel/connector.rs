@@ -61,9 +61,7 @@ impl Connector {
             }
             super::pool::close(session);
         }
-        let dialled = dial().map_err(|source| Error::Dial { address, source })?;
-        // Boxed: the handshake's state would make every reuse's future as large.
-        let session = Box::pin(self.establish(identity, address, dialled)).await?;
+        let session = self.gate.pass(|| self.establish(identity, address, dial)).await?;
         match session.peer.expect(expected) {
             Ok(proof) => Ok(Stream::open(session, open, proof, self.home(key), false)),
             Err(failure) => Err(refuse(session, failure, expected)),
@@ -74,10 +72,11 @@ impl Connector {
         &self,
         identity: &Arc<Identity>,
         address: SocketAddr,
-        dialled: socket2::Socket,
+        dial: impl FnOnce() -> io::Result<socket2::Socket>,
     ) -> Result<Box<Session>, Error> {
         let config = &*self.config;
         let configs = config.tls.of(identity)?;
+        let dialled = dial().map_err(|source| Error::Dial { address, source })?;
         let connecting = TcpSocket::from_std_stream(dialled.into()).connect(address);
         let tcp: TcpStream = timeout(config.connect_timeout, connecting)
             .await

@@ -24,7 +24,8 @@ impl Default for Gate {
 }
 
 impl Gate {
-    /// Runs a handshake when it is its turn; it is made only then.
+    /// Runs a handshake when it is its turn; it is made only then, and boxed: whoever waits, and whoever needs none
+    /// because a tunnel is there, has no room for its state.
     pub async fn pass<F: Future>(&self, handshake: impl FnOnce() -> F) -> F::Output {
         // Closed by nobody.
         let turn = self.0.acquire().await.ok();
