@@ -6,9 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use ipnet::IpNet;
-use mtls_common::{
-    ListenerKey, ModeKey, OUTBOUND_PORT, TUNNEL_PORT, claim, listener, map, mode, program,
-};
+use mtls_common::{ListenerKey, ModeKey, OUTBOUND_PORT, TUNNEL_PORT, claim, listener, map, mode, program};
 
 use super::address::{key4, key6, words};
 use super::error::Error;
@@ -146,7 +144,10 @@ impl Capture {
         let local = self.state().control.local.get(&words(ip), 0);
         let holds =
             local.is_ok_and(|local| local.netns == pod.netns_cookie() && local.claim == claim::MANIFEST);
-        Ok((holds, format!("map {} {} {ip} to the pod", map::LOCAL, if holds { "gives" } else { "does not give" })))
+        Ok((
+            holds,
+            format!("map {} {} {ip} to the pod", map::LOCAL, if holds { "gives" } else { "does not give" }),
+        ))
     }
 
     /// The kernel enforces the mode that policy asks for.
@@ -158,7 +159,9 @@ impl Capture {
         Ok(match held {
             // As the kernel half reads it: a pod without modes is strict.
             Err(_) => (wanted == mode::STRICT, format!("map {} has no mode for the pod", map::MODES)),
-            Ok(held) => (held == wanted, format!("map {} says {} for port {port}", map::MODES, mode_name(held))),
+            Ok(held) => {
+                (held == wanted, format!("map {} says {} for port {port}", map::MODES, mode_name(held)))
+            }
         })
     }
 }
@@ -182,9 +185,8 @@ fn namespace(pod: &LocalPod, place: Place<'_>) -> Outcome {
     let Some(path) = place.netns else {
         return Ok((false, "the manifest names no network namespace".to_owned()));
     };
-    let failed = |what| {
-        move |source| Error::Netns { pod: pod.name().to_owned(), path: path.to_owned(), what, source }
-    };
+    let failed =
+        |what| move |source| Error::Netns { pod: pod.name().to_owned(), path: path.to_owned(), what, source };
     let now = Netns::open(path).map_err(failed("opening"))?.cookie();
     let at = path.display();
     Ok(match now == pod.netns_cookie() {

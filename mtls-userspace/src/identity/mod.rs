@@ -112,11 +112,16 @@ pub enum Error {
 #[derive(Debug)]
 pub enum Fault {
     /// It has no SPIFFE ID, several, or another's.
-    Identity { found: Vec<String> },
+    Identity {
+        found: Vec<String>,
+    },
     /// It certifies a key that we didn't send.
     Key,
     /// Clocks differ, or the authority answered with an old certificate.
-    Validity { not_before: SystemTime, not_after: SystemTime },
+    Validity {
+        not_before: SystemTime,
+        not_after: SystemTime,
+    },
     /// It doesn't lead to a root of the bundle.
     Chain(webpki::Error),
     Malformed(InvalidCertificate),

@@ -18,11 +18,7 @@ impl Identity {
     }
 }
 
-fn prove(
-    id: &SpiffeId,
-    chain: &[CertificateDer<'_>],
-    roots: &[CertificateDer<'_>],
-) -> Result<(), Fault> {
+fn prove(id: &SpiffeId, chain: &[CertificateDer<'_>], roots: &[CertificateDer<'_>]) -> Result<(), Fault> {
     let Some((leaf, intermediates)) = chain.split_first() else {
         return Err(Fault::Malformed(super::InvalidCertificate::None));
     };

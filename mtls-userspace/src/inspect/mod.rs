@@ -44,9 +44,7 @@ impl Inspection {
 
     fn enrolment(&self, workload: &Workload) -> Option<Enrolment> {
         let pods = self.pods.load();
-        let row = pods
-            .iter()
-            .find(|row| row.namespace == *workload.namespace && row.name == *workload.name);
+        let row = pods.iter().find(|row| row.namespace == *workload.namespace && row.name == *workload.name);
         row.map(|row| row.enrolment.clone())
     }
 }

@@ -4,9 +4,9 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use super::Inspection;
 use super::certificates;
 use super::verdict::{Seen, verdict};
-use super::Inspection;
 use crate::capture::{Fact, Place};
 use crate::explain::{self, Explanation};
 use crate::mesh::{Mesh, Workload};
@@ -121,6 +121,7 @@ fn place(workload: &Workload) -> Place<'_> {
 /// The pod as connections see it, or the fact that it is not there.
 fn enrolled(inspection: &Inspection, workload: &Workload) -> Result<Arc<Pod>, Fact> {
     let pod = workload.addresses.iter().find_map(|ip| inspection.local.at(*ip));
+    let pod = pod.filter(|pod| pod.socket.name() == workload.key());
     let state = inspection.enrolment(workload);
     match (pod, &state) {
         (Some(pod), Some(Enrolment::Enrolled)) => Ok(pod),

@@ -178,7 +178,8 @@ impl Services {
 
 impl Vip {
     fn new(locality: Locality, candidates: Vec<Candidate>) -> Self {
-        let count = |readiness| candidates.iter().filter(|candidate| candidate.readiness == readiness).count();
+        let count =
+            |readiness| candidates.iter().filter(|candidate| candidate.readiness == readiness).count();
         let health = Health {
             ready: count(Readiness::Ready),
             draining: count(Readiness::Draining),

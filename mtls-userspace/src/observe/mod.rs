@@ -250,6 +250,8 @@ impl Observer {
         counts: Arc<dyn Fn() -> plaintext::Counts + Send + Sync>,
     ) {
         self.inner.providers.set_plaintext(facts, counts);
+    }
+
     /// Who answers questions about the mesh, certificates and policies.
     pub fn set_inspector(&self, inspector: Arc<dyn Inspector>) {
         self.inner.providers.set_inspector(inspector);

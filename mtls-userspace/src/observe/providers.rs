@@ -74,6 +74,8 @@ impl Providers {
 
     pub fn plaintext_counts(&self) -> Option<plaintext::Counts> {
         self.plaintext_counts.ask()
+    }
+
     pub fn set_inspector(&self, inspector: Arc<dyn Inspector>) {
         *self.inspector.write().unwrap_or_else(PoisonError::into_inner) = Some(inspector);
     }

@@ -188,8 +188,11 @@ impl Policies {
     ) -> Self {
         let selectable = Selectable::new(workloads.iter().map(Arc::as_ref).filter(|w| w.enrolled));
         let authorization_policies: Vec<_> = authorization_policies.collect();
-        let listed =
-            listing::all(peer_authentications.clone(), authorization_policies.iter().copied(), root_namespace);
+        let listed = listing::all(
+            peer_authentications.clone(),
+            authorization_policies.iter().copied(),
+            root_namespace,
+        );
         let mut warnings = Vec::new();
         let all = || peer_authentications.clone();
         let enforced =
@@ -202,7 +205,8 @@ impl Policies {
             levels
         });
         peer_authentication::check_selection(all(), &selectable, root_namespace, &mut warnings);
-        let authorization = Scopes::new(authorization_policies.into_iter(), &selectable, root_namespace, &mut warnings);
+        let authorization =
+            Scopes::new(authorization_policies.into_iter(), &selectable, root_namespace, &mut warnings);
         Self { enforced, dry_run, authorization, warnings, listed }
     }
 
