@@ -43,4 +43,5 @@ pub mod plaintext;
 pub mod policy;
 pub mod relay;
 pub mod tunnel;
+pub mod unplaced;
 pub mod worker;
