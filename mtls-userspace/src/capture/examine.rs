@@ -44,34 +44,35 @@ const HOOKS: [(&str, AttachType); 5] = [
 ];
 
 impl Capture {
-    /// Whether the pod's connections to `to` are captured. `address` is the destination pod's own.
-    pub fn examine_source(&self, pod: &LocalPod, place: Place<'_>, address: SocketAddr) -> Vec<Fact> {
+    /// Whether the pod's connections to `to` are captured: all addresses of the destination pod that it can dial.
+    pub fn examine_source(&self, pod: &LocalPod, place: Place<'_>, to: &[SocketAddr]) -> Vec<Fact> {
         vec![
             fact("namespace", namespace(pod, place)),
             fact("connect_hooks", self.hooks(place)),
             fact("capture_entry", self.capture_entry(pod)),
             fact("listeners", self.listeners(pod, listener::OUTBOUND, OUTBOUND_PORT)),
-            fact("destination_captured", self.captures(address.ip())),
-            fact("direct_connections", direct(pod, address)),
+            fact("destination_captured", self.captures(to)),
+            fact("direct_connections", direct(pod, to)),
         ]
     }
 
-    /// Whether only what has proven itself, or what `modes` let in, reaches `address` of the pod.
+    /// Whether only what has proven itself, or what `modes` let in, reaches `at`, addresses of the pod with one port.
     pub fn examine_destination(
         &self,
         pod: &LocalPod,
         place: Place<'_>,
-        address: SocketAddr,
+        at: &[SocketAddr],
         modes: &PortModes,
         sources: &[IpAddr],
     ) -> Vec<Fact> {
+        let port = at.first().map_or(0, SocketAddr::port);
         vec![
             fact("namespace", namespace(pod, place)),
             fact("fence", self.fence(pod)),
-            fact("address", self.address(pod, address.ip())),
+            fact("address", self.addresses(pod, at)),
             fact("listeners", self.listeners(pod, listener::TUNNEL, TUNNEL_PORT)),
-            fact("mode", self.mode(pod, address.port(), modes)),
-            fact("plaintext_connections", plaintext(pod, address.port(), sources)),
+            fact("mode", self.mode(pod, port, modes)),
+            fact("plaintext_connections", plaintext(pod, port, sources)),
         ]
     }
 
@@ -117,13 +118,17 @@ impl Capture {
         Ok((listening.contains(&port) && steered > 0, found))
     }
 
-    fn captures(&self, ip: IpAddr) -> Outcome {
+    fn captures(&self, to: &[SocketAddr]) -> Outcome {
         let state = self.state();
-        let (found, map) = match IpNet::from(ip) {
-            IpNet::V4(v4) => (state.control.captured4.get(&key4(v4), 0).is_ok(), map::CAPTURED4),
-            IpNet::V6(v6) => (state.control.captured6.get(&key6(v6), 0).is_ok(), map::CAPTURED6),
+        let is_missing = |ip: &IpAddr| match IpNet::from(*ip) {
+            IpNet::V4(v4) => state.control.captured4.get(&key4(v4), 0).is_err(),
+            IpNet::V6(v6) => state.control.captured6.get(&key6(v6), 0).is_err(),
         };
-        Ok((found, format!("map {map} {} {ip}", if found { "covers" } else { "does not cover" })))
+        let maps = format!("maps {} and {}", map::CAPTURED4, map::CAPTURED6);
+        Ok(match to.iter().map(SocketAddr::ip).find(is_missing) {
+            Some(ip) => (false, format!("{maps} do not cover {ip}")),
+            None => (true, format!("{maps} cover {}", list(to.iter().map(SocketAddr::ip)))),
+        })
     }
 
     /// The lookup program decides about everything that arrives in the pod's namespace.
@@ -140,14 +145,18 @@ impl Capture {
         }
     }
 
-    fn address(&self, pod: &LocalPod, ip: IpAddr) -> Outcome {
-        let local = self.state().control.local.get(&words(ip), 0);
-        let holds =
-            local.is_ok_and(|local| local.netns == pod.netns_cookie() && local.claim == claim::MANIFEST);
-        Ok((
-            holds,
-            format!("map {} {} {ip} to the pod", map::LOCAL, if holds { "gives" } else { "does not give" }),
-        ))
+    fn addresses(&self, pod: &LocalPod, at: &[SocketAddr]) -> Outcome {
+        let state = self.state();
+        let is_not_ours = |ip: &IpAddr| {
+            let local = state.control.local.get(&words(*ip), 0);
+            !local.is_ok_and(|local| local.netns == pod.netns_cookie() && local.claim == claim::MANIFEST)
+        };
+        Ok(match at.iter().map(SocketAddr::ip).find(is_not_ours) {
+            Some(ip) => (false, format!("map {} does not give {ip} to the pod", map::LOCAL)),
+            None => {
+                (true, format!("map {} gives {} to the pod", map::LOCAL, list(at.iter().map(SocketAddr::ip))))
+            }
+        })
     }
 
     /// The kernel enforces the mode that policy asks for.
@@ -196,10 +205,10 @@ fn namespace(pod: &LocalPod, place: Place<'_>) -> Outcome {
 }
 
 /// Captured sockets are connected to the listener. One that is connected to the destination itself was not captured.
-fn direct(pod: &LocalPod, address: SocketAddr) -> Outcome {
+fn direct(pod: &LocalPod, to: &[SocketAddr]) -> Outcome {
     let (_, connected) = pod.sockets()?;
-    let count = connected.iter().filter(|socket| socket.remote == address).count();
-    Ok((count == 0, format!("{count} open connections of the pod go to {address} past the agent")))
+    let count = connected.iter().filter(|socket| to.contains(&socket.remote)).count();
+    Ok((count == 0, format!("{count} open connections of the pod go to {} past the agent", list(to))))
 }
 
 fn plaintext(pod: &LocalPod, port: u16, sources: &[IpAddr]) -> Outcome {
@@ -217,4 +226,8 @@ fn mode_name(mode: u32) -> &'static str {
         mode::PERMISSIVE => "PERMISSIVE",
         _ => "an unknown mode",
     }
+}
+
+fn list(items: impl IntoIterator<Item = impl ToString>) -> String {
+    items.into_iter().map(|item| item.to_string()).collect::<Vec<_>>().join(", ")
 }

@@ -7,7 +7,7 @@ use super::{Align, Table, printable};
 use crate::observe::{Listing, PolicyRow};
 
 #[derive(clap::Args, Debug)]
-pub(super) struct Args {
+pub(super) struct ListArgs {
     #[command(flatten)]
     which: Which,
     #[command(flatten)]
@@ -16,11 +16,11 @@ pub(super) struct Args {
     ask: Ask,
 }
 
-pub(super) fn main(args: &Args) -> anyhow::Result<()> {
+pub(super) fn main(args: &ListArgs) -> anyhow::Result<()> {
     Ok(block_on(run(args, &mut io::stdout()))?)
 }
 
-async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<(), Error> {
+async fn run(args: &ListArgs, out: &mut (dyn Write + Send)) -> Result<(), Error> {
     let resource = args.page.add_to(args.which.query()).of("/policies");
     let listing: Listing<PolicyRow> = args.ask.get(&resource, out).await?;
     if args.ask.is_for_people() {

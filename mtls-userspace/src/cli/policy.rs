@@ -23,13 +23,13 @@ pub struct Args {
     command: Option<Command>,
 
     #[command(flatten)]
-    list: policies::Args,
+    list: policies::ListArgs,
 }
 
 #[derive(Subcommand, Debug)]
 enum Command {
     /// List the policies that this node's agent has read, as without a subcommand
-    List(policies::Args),
+    List(policies::ListArgs),
     /// Look over manifests: what is refused, and what policies do not do although they seem to
     Check(Check),
     /// Say what would happen to a connection, and which policy decides

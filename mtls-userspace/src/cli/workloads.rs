@@ -25,8 +25,11 @@ pub fn main(args: &Args) -> anyhow::Result<()> {
 async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<(), Error> {
     let resource = args.page.add_to(args.which.query()).of("/workloads");
     let listing: Listing<WorkloadRow> = args.ask.get(&resource, out).await?;
-    if args.ask.is_for_people() && listing.total > 0 {
-        write!(out, "{}", table(&listing.items))?;
+    if args.ask.is_for_people() && (listing.total > 0 || args.which.name.is_none()) {
+        match listing.total {
+            0 => writeln!(out, "no pod")?,
+            _ => write!(out, "{}", table(&listing.items))?,
+        }
         write_cut(out, &listing)?;
     }
     args.which.found("pod", &listing)

@@ -1,14 +1,14 @@
 //! What is true of connections from one pod to another: what policy says, and what the kernel and the certificates of
 //! this node's end, or ends, really are.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use super::Inspection;
 use super::certificates;
 use super::verdict::{Seen, verdict};
 use crate::capture::{Fact, Place};
-use crate::explain::{self, Explanation};
+use crate::explain;
 use crate::mesh::{Mesh, Workload};
 use crate::observe::{CheckRow, End, Enrolment, Pair, Unverifiable, Verification};
 use crate::worker::Pod;
@@ -33,7 +33,7 @@ pub(super) fn verify(
     }
     let explained = explain::explain(mesh, &inspection.setting, &from, &to, pair.port)?;
     let expected = explained.into_iter().next().ok_or(Unverifiable::Starting)?;
-    let ends = Ends { source: &source, destination: &destination, expected: &expected };
+    let ends = Ends { source: &source, destination: &destination, port: pair.port };
     let mut checks = Vec::new();
     if seen.source {
         checks.extend(ends.check_source(inspection));
@@ -79,14 +79,16 @@ fn pod(mesh: &Mesh, text: &str) -> Result<(explain::End, Arc<Workload>), Unverif
 struct Ends<'a> {
     source: &'a Workload,
     destination: &'a Workload,
-    expected: &'a Explanation,
+    port: u16,
 }
 
 impl Ends<'_> {
     fn check_source(&self, inspection: &Inspection) -> Vec<CheckRow> {
-        let Some(address) = self.address().filter(|_| self.source.enrolled) else { return Vec::new() };
+        if !self.source.enrolled {
+            return Vec::new();
+        }
         let mut checks = match enrolled(inspection, self.source) {
-            Ok(pod) => inspection.capture.examine_source(&pod.socket, place(self.source), address),
+            Ok(pod) => inspection.capture.examine_source(&pod.socket, place(self.source), &self.addresses()),
             Err(failed) => vec![failed],
         };
         checks.push(certificate(inspection, self.source));
@@ -94,13 +96,15 @@ impl Ends<'_> {
     }
 
     fn check_destination(&self, inspection: &Inspection, mesh: &Mesh) -> Vec<CheckRow> {
-        let Some(address) = self.address().filter(|_| self.destination.enrolled) else { return Vec::new() };
+        if !self.destination.enrolled {
+            return Vec::new();
+        }
         let modes = mesh.policies.modes(self.destination);
         let mut checks = match enrolled(inspection, self.destination) {
             Ok(pod) => {
                 let sources = &self.source.addresses;
                 let place = place(self.destination);
-                inspection.capture.examine_destination(&pod.socket, place, address, &modes, sources)
+                inspection.capture.examine_destination(&pod.socket, place, &self.addresses(), &modes, sources)
             }
             Err(failed) => vec![failed],
         };
@@ -108,9 +112,11 @@ impl Ends<'_> {
         rows(End::Destination, checks)
     }
 
-    /// Of the destination pod, as the explanation chose it.
-    fn address(&self) -> Option<SocketAddr> {
-        self.expected.to.address.parse().ok()
+    /// Where the source can dial the destination: of each family that both have.
+    fn addresses(&self) -> Vec<SocketAddr> {
+        let has_family = |ip: &&IpAddr| self.source.addresses.iter().any(|own| own.is_ipv4() == ip.is_ipv4());
+        let dialled = self.destination.addresses.iter().filter(has_family);
+        dialled.map(|ip| SocketAddr::new(*ip, self.port)).collect()
     }
 }
 

@@ -41,7 +41,8 @@ async fn connections(
     Query(filter): Query<Filter>,
 ) -> Result<Json<ConnectionRows>, StatusCode> {
     let limit = filter.limit.unwrap_or(SHOWN).min(MOST_LISTED);
-    blocking(move || shared.observer.connection_rows(limit, &|flow| concerns(flow, &filter))).await.map(Json)
+    let shown = filter.offset..filter.offset.saturating_add(limit);
+    blocking(move || shared.observer.connection_rows(shown, &|flow| concerns(flow, &filter))).await.map(Json)
 }
 
 async fn ended(
@@ -80,7 +81,7 @@ impl Observer {
             let (from, to) = (&verification.source, &verification.destination);
             is(&flow.source, from) && is(&flow.destination, to) && flow.address.port() == pair.port
         };
-        let open = self.connection_rows(SHOWN_OF_PAIR, &of_pair).newest;
+        let open = self.connection_rows(0..SHOWN_OF_PAIR, &of_pair).newest;
         let mut ended = self.ended_rows(&of_pair);
         ended.truncate(SHOWN_OF_PAIR);
         (verification.open, verification.ended) = (open, ended);

@@ -5,6 +5,7 @@
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -300,12 +301,12 @@ impl Observer {
             mesh: self.inner.providers.mesh().unwrap_or_default(),
             pods: self.inner.providers.pods(),
             certificates: self.inner.providers.identities(),
-            connections: self.connection_rows(limit, &|_| true),
+            connections: self.connection_rows(0..limit, &|_| true),
         }
     }
 
     /// Open connections: how many there are, and the newest of those wanted.
-    fn connection_rows(&self, limit: usize, wanted: &dyn Fn(&Flow) -> bool) -> ConnectionRows {
+    fn connection_rows(&self, shown: Range<usize>, wanted: &dyn Fn(&Flow) -> bool) -> ConnectionRows {
         let mut newest = self.inner.connections.all();
         newest.retain(|open| wanted(&open.flow));
         newest.sort_unstable_by_key(|open| std::cmp::Reverse(open.id));
@@ -325,7 +326,7 @@ impl Observer {
             opened_total: self.inner.connections.opened(),
             refused_total: self.inner.events.refused_total.load(Ordering::Relaxed),
             matching: newest.len(),
-            newest: newest.iter().take(limit).map(row).collect(),
+            newest: newest.iter().take(shown.end).skip(shown.start).map(row).collect(),
         }
     }
 

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use super::readiness::Judged;
 use super::inspection::Inspector;
+use super::readiness::Judged;
 use super::status::{IdentityRow, MeshRow, PodRow};
 use crate::plaintext;
 
