@@ -27,6 +27,7 @@ use crate::plaintext::Seen;
 use crate::policy::{Authorized, Peer, Request};
 use crate::relay::{self, End, Report};
 use crate::tunnel;
+use crate::unplaced;
 use crate::worker::{Pod, Worker};
 
 /// A TCP handshake with an application or a peer agent that takes longer has failed.
@@ -66,8 +67,8 @@ async fn open_outbound(worker: &Worker, pod: &Pod, app: &TcpStream) -> Option<Op
     let captured = match Captured::identify(pod, app) {
         Ok(captured) => captured,
         Err(error) => {
-            // Somebody inside the pod dialled the listener itself: there is nowhere to send this.
             tracing::debug!(pod = pod.socket.name(), %error, "not a captured connection");
+            unplaced::not_captured(worker, pod, app);
             return None;
         }
     };
@@ -216,6 +217,9 @@ pub async fn inbound(worker: Arc<Worker>, pod: Arc<Pod>, mut working: Working, p
             Ok(None) => return,
             Err(error) => {
                 tracing::info!(pod = pod.socket.name(), %from, %error, "tunnel ended");
+                if matches!(error, tunnel::Error::Protocol(_)) {
+                    unplaced::broke_protocol(&worker, &pod, from, &tunnel);
+                }
                 return;
             }
         }

@@ -108,8 +108,7 @@ pub fn explain(
     let vip = target.addresses.first().and_then(|ip| Some((*ip, mesh.service(*ip)?)));
     if let Some((ip, service)) = vip {
         let address = SocketAddr::new(ip, port);
-        let served = mesh.services().into_iter().find(|served| served.address == address);
-        let endpoints = served.map(|served| served.endpoints).unwrap_or_default();
+        let endpoints = mesh.served(address).map(|served| served.endpoints).unwrap_or_default();
         if endpoints.is_empty() {
             return Err(Error::NoEndpoint { service: service.clone(), port });
         }

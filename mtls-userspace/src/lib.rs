@@ -20,6 +20,7 @@
 //! | [`plaintext`] | plaintext that was seen → readiness for STRICT |
 //! | [`observe`] | counters, access log, admin API |
 //!
+//! [`inspect`] answers the admin socket's questions from what the rooms hold and the kernel has;
 //! [`explain`] says what the walk would do to a connection without making one.
 
 pub mod addr;
@@ -33,6 +34,7 @@ pub mod drain;
 pub mod enrolment;
 pub mod explain;
 pub mod identity;
+pub mod inspect;
 pub mod mesh;
 pub mod node;
 pub mod observe;
@@ -41,4 +43,5 @@ pub mod plaintext;
 pub mod policy;
 pub mod relay;
 pub mod tunnel;
+pub mod unplaced;
 pub mod worker;

@@ -23,7 +23,17 @@ enum Command {
     Status(cli::status::Args),
     /// Say who would be cut off if STRICT came now: exit 0 nobody, 1 somebody or not known, 2 nobody could tell
     Readiness(cli::readiness::Args),
-    /// Look over policies, or explain what they would do to a connection
+    /// List the pods of the mesh and how each is protected
+    Workloads(cli::workloads::Args),
+    /// Show this node's certificates; exit 0 all verify, 1 one does not, 2 nobody could tell
+    Certs(cli::certs::Args),
+    /// List open connections, or those that ended last
+    Connections(cli::connections::Args),
+    /// List Services and who is behind them
+    Services(cli::services::Args),
+    /// Prove how one pod's connections to another are protected: exit 0 proven, 1 not, 2 nobody could tell
+    Verify(cli::verify::Args),
+    /// List policies, look over manifests, or explain what they would do to a connection
     Policy(cli::policy::Args),
     /// Measure: a load client and its server
     Bench(cli::bench::Bench),
@@ -35,6 +45,11 @@ fn main() -> ExitCode {
         Command::Ca(ca) => cli::ca::main(ca),
         Command::Status(args) => cli::status::main(&args),
         Command::Readiness(args) => return cli::readiness::main(&args),
+        Command::Workloads(args) => cli::workloads::main(&args),
+        Command::Certs(args) => return cli::certs::main(&args),
+        Command::Connections(args) => cli::connections::main(&args),
+        Command::Services(args) => cli::services::main(&args),
+        Command::Verify(args) => return cli::verify::main(&args),
         Command::Policy(args) => cli::policy::main(args),
         Command::Bench(bench) => bench.run(),
     };

@@ -15,7 +15,9 @@ use crate::capture::{self, Capture};
 use crate::config::Config;
 use crate::drain::Drain;
 use crate::enrolment::Enrolment;
+use crate::explain;
 use crate::identity::{self, Identities};
+use crate::inspect::Inspection;
 use crate::mesh::{self, Mesh};
 use crate::observe::{self, Admin, IdentityRow, MeshRow, Observer, Plaintext, PodRow, Readiness};
 use crate::plaintext;
@@ -86,8 +88,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             worker::start(index, Arc::new(worker), working).context("data thread")
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
-    let enrolment =
-        Enrolment::new(config.node.clone(), capture.clone(), workers, local, config.mesh_prefixes.clone());
+    let enrolment = Enrolment::new(
+        config.node.clone(),
+        capture.clone(),
+        workers,
+        local.clone(),
+        config.mesh_prefixes.clone(),
+    );
 
     let (stop, stopping) = tokio::sync::watch::channel(false);
     let stopped = || {
@@ -101,6 +108,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     provide(&observer, &capture, &identities, &source, pods.clone());
     let (asked, counted) = (watch.clone(), watch.clone());
     observer.set_plaintext(Arc::new(move || asked.facts()), Arc::new(move || counted.counts()));
+    observer.set_inspector(Arc::new(Inspection {
+        node: config.node.clone(),
+        mesh: source.clone(),
+        identities: identities.clone(),
+        capture: capture.clone(),
+        local,
+        pods: pods.clone(),
+        setting: explain::Setting { prefixes: config.mesh_prefixes.clone(), same_node: config.same_node },
+    }));
     let admin = tokio::spawn(admin.serve(observer.clone(), readiness.clone(), stopped()));
     if let Some(events) = capture.events() {
         tokio::spawn(watch_kernel(events, source.clone(), observer.clone(), inbox, watch.clone()));

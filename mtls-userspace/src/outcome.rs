@@ -58,7 +58,7 @@ pub fn rejection(refusal: &Refusal) -> Rejection {
         Refusal::Denied(_) | Refusal::ForgedSource => RejectReason::Denied,
         Refusal::ConnectRefused => RejectReason::ConnectionRefused,
         Refusal::ConnectTimeout => RejectReason::TimedOut,
-        Refusal::Overloaded | Refusal::Draining => RejectReason::Unavailable,
+        Refusal::Overloaded => RejectReason::Unavailable,
         _ => RejectReason::Unreachable,
     };
     Rejection::new(reason, &refusal.to_string())

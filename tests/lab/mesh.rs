@@ -230,10 +230,14 @@ impl Agent {
 
     /// What `mtls status` prints.
     pub fn status(&self, args: &[&str]) -> Result<String> {
+        Ok(self.ask(&[&["status"], args].concat())?.success()?.stdout)
+    }
+
+    /// Runs a subcommand that asks this agent; its exit status is the caller's to judge.
+    pub fn ask(&self, args: &[&str]) -> Result<Finished> {
         let mut command = self.command()?;
-        command.arg("status").args(args);
-        command.arg("--admin-socket").arg(self.dir.join(format!("{}.sock", self.node.name())));
-        Ok(Running::start(command)?.finish()?.success()?.stdout)
+        command.args(args).arg("--admin-socket").arg(self.dir.join(format!("{}.sock", self.node.name())));
+        Running::start(command)?.finish()
     }
 
     /// `mtls readiness` to its end; its exit status is the caller's to judge.

@@ -174,6 +174,12 @@ fn nonsense_on_the_tunnel_port_is_survived() -> Result<()> {
         &["--hex", &open, "--hex", "02414243", "--cut"],
         &["--hex", &open, "--hex", "0400"],
     ];
+    let agent = scene.mesh.agent("node-b");
+    let counted = |agent: &mtls_tests::Agent, name: &str| -> Result<f64> {
+        Ok(agent.metrics()?.sum(name, &[("direction", "inbound"), ("reason", "protocol")]))
+    };
+    assert_eq!(counted(agent, "mtls_handshake_failures_total")?, 0.0);
+    assert_eq!(counted(agent, "mtls_connections_refused_total")?, 0.0);
     for args in outside {
         let answer = dial(&intruder, &scene.server, None, &[args, &["--limit-ms", "15000"]].concat())?;
         assert_ne!(answer["ended"], "timeout", "{args:?}: {answer}");
@@ -183,6 +189,10 @@ fn nonsense_on_the_tunnel_port_is_survived() -> Result<()> {
         assert_eq!(answer["handshake"], true, "{args:?}: {answer}");
         assert_ne!(answer["ended"], "timeout", "{args:?}: {answer}");
     }
+    let agent = scene.mesh.agent("node-b");
+    // The others never finish, or end before they say anything wrong.
+    assert_eq!(counted(agent, "mtls_handshake_failures_total")?, 3.0, "{:?}", agent.get("/metrics"));
+    assert!(counted(agent, "mtls_connections_refused_total")? >= 4.0, "{:?}", agent.get("/metrics"));
     // Somebody who only opens connections and says nothing.
     let mut silent = intruder.start_app(&[
         "dial",

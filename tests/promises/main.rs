@@ -10,6 +10,7 @@ mod endings;
 mod failures;
 mod identity;
 mod impostors;
+mod inspection;
 mod lab_itself;
 mod load;
 mod observed;
@@ -17,6 +18,7 @@ mod readiness;
 mod services;
 mod strict;
 mod transparent;
+mod verify;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -98,3 +98,24 @@ fn status_shows_agent_pods_certificates_and_connections() -> Result<()> {
     assert!(format!("{error:#}").contains("node-b.sock"), "{error:#}");
     Ok(())
 }
+
+#[test]
+fn who_dials_the_agents_listener_itself_is_reset_and_counted() -> Result<()> {
+    needs!();
+    let mut scene = Scene::new()?;
+    let refused = |scene: &mut Scene| -> Result<f64> {
+        let labels = [("direction", "outbound"), ("reason", "no_original_destination")];
+        Ok(scene.mesh.agent("node-a").metrics()?.sum("mtls_connections_refused_total", &labels))
+    };
+    assert_eq!(refused(&mut scene)?, 0.0);
+    let listener = scene.far.addr(15001).to_string();
+    crate::assert_refused(&scene.far.app(&["dial", "echo", &listener])?);
+    let counted = eventually(Duration::from_secs(5), || (refused(&mut scene).ok()? == 1.0).then_some(()));
+    assert!(counted.is_some(), "{:?}", scene.mesh.agent("node-a").get("/metrics"));
+    let line = scene.mesh.agent("node-a").access_log_line("refusal", |line| line["ending"] == "refused")?;
+    assert_eq!(
+        (&line["destination_address"], &line["source_workload"]),
+        (&listener.into(), &"shop/far".into())
+    );
+    Ok(())
+}

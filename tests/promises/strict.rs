@@ -39,6 +39,13 @@ fn strict_refuses_a_stranger_at_once_and_permissive_serves_and_counts_him() -> R
             assert!(answer["ms"].as_f64() < Some(300.0), "not an RST but a silence: {answer}");
         }
     }
+    let counted = eventually(Duration::from_secs(5), || {
+        let metrics = scene.mesh.agent("node-b").metrics().ok()?;
+        let labels =
+            [("destination_workload", "server"), ("destination_port", "7000"), ("outcome", "refused")];
+        (metrics.sum("mtls_plaintext_connections_total", &labels) >= 4.0).then_some(())
+    });
+    assert!(counted.is_some(), "{:?}", scene.mesh.agent("node-b").get("/metrics"));
     let mut members = Vec::new();
     for client in scene.clients() {
         for to in &addresses {

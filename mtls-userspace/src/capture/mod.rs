@@ -11,6 +11,7 @@ mod diag;
 mod enrol;
 mod error;
 mod events;
+mod examine;
 mod kernel;
 mod listen;
 mod modes;
@@ -29,6 +30,7 @@ use crate::policy::PortModes;
 
 pub use error::Error;
 pub use events::{Event, EventKind, Events};
+pub use examine::{Fact, Place};
 pub use listen::loopback_leg;
 pub use mtls_common::{OUTBOUND_PORT, PLAINTEXT_PORT, TUNNEL_PORT};
 pub use node::Capture;

@@ -13,7 +13,7 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::error::Error;
 use super::netns::Netns;
-use super::sys::{self, AttachType, LinkTarget};
+use super::sys::{self, AttachType, LinkInfo, LinkTarget};
 
 const DIRECTORY: &str = "mtls-v";
 const LOOKUP: &str = "lookup-";
@@ -111,6 +111,16 @@ impl Pins {
         Ok(())
     }
 
+    /// The pinned link of that name; none if there is none.
+    pub fn link_info(&self, name: &str) -> Result<Option<LinkInfo>, Error> {
+        info(&self.links().join(name))
+    }
+
+    /// The pinned lookup of a pod; none if there is none.
+    pub fn lookup_info(&self, cookie: u64) -> Result<Option<LinkInfo>, Error> {
+        info(&self.lookup_path(cookie))
+    }
+
     /// Netns cookies of the pods whose lookup is pinned.
     pub fn pods(&self) -> Result<Vec<u64>, Error> {
         let path = self.links();
@@ -152,6 +162,12 @@ impl Pins {
     fn lookup_path(&self, cookie: u64) -> PathBuf {
         self.links().join(format!("{LOOKUP}{cookie:x}"))
     }
+}
+
+fn info(path: &Path) -> Result<Option<LinkInfo>, Error> {
+    let link = existing(path)?;
+    let info = link.map(sys::link_info).transpose();
+    info.map_err(|source| pin_error("reading", path, source))
 }
 
 fn existing(path: &Path) -> Result<Option<OwnedFd>, Error> {

@@ -121,7 +121,15 @@ impl LocalPod {
         Ok(reset)
     }
 
-    fn is_plaintext(&self, socket: &Tcp) -> bool {
+    /// The pod's TCP sockets, as the kernel lists them: ports that are listened on, and connections.
+    pub(super) fn sockets(&self) -> Result<(HashSet<u16>, Vec<Tcp>), Error> {
+        let failed = |what| move |source| Error::Diag { pod: self.name.clone(), what, source };
+        let diag = self.netns.within(Diag::open).and_then(|diag| diag).map_err(failed("opening"))?;
+        let listening = diag.listening_ports().map_err(failed("listing listeners"))?;
+        Ok((listening, diag.connected().map_err(failed("listing connections"))?))
+    }
+
+    pub(super) fn is_plaintext(&self, socket: &Tcp) -> bool {
         let (local, remote) = (socket.local, socket.remote);
         let is_own = local.ip() == remote.ip() || remote.ip().is_loopback() || self.has_address(remote.ip());
         let is_trusted = || {

@@ -34,6 +34,7 @@ const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_PROG_QUERY: libc::c_int = 16;
 const BPF_LINK_CREATE: libc::c_int = 28;
 const BPF_LINK_UPDATE: libc::c_int = 29;
 
@@ -107,6 +108,16 @@ pub(super) fn replace(link: impl AsFd, program: BorrowedFd<'_>) -> io::Result<()
 }
 
 pub(super) fn link_target(link: impl AsFd) -> io::Result<LinkTarget> {
+    Ok(link_info(link)?.target)
+}
+
+pub(super) struct LinkInfo {
+    pub target: LinkTarget,
+    /// Id of the program behind the link.
+    pub program: u32,
+}
+
+pub(super) fn link_info(link: impl AsFd) -> io::Result<LinkInfo> {
     #[repr(C)]
     struct InfoAttr {
         fd: u32,
@@ -134,7 +145,7 @@ pub(super) fn link_target(link: impl AsFd) -> io::Result<LinkTarget> {
     // SAFETY: the kernel writes at most `len` bytes to `info`, which is plain integers.
     unsafe { bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr) }?;
     let [low, high] = info.target;
-    Ok(match info.kind {
+    let target = match info.kind {
         BPF_LINK_TYPE_CGROUP => {
             let mut bytes = [0; 8];
             bytes[..4].copy_from_slice(&low.to_ne_bytes());
@@ -143,7 +154,37 @@ pub(super) fn link_target(link: impl AsFd) -> io::Result<LinkTarget> {
         }
         BPF_LINK_TYPE_NETNS => LinkTarget::Netns { inode: low },
         _ => LinkTarget::Other,
-    })
+    };
+    Ok(LinkInfo { target, program: info.program })
+}
+
+/// Ids of the programs that run for sockets of a cgroup, its ancestors' included.
+pub(super) fn effective_programs(cgroup: impl AsFd, at: AttachType) -> io::Result<Vec<u32>> {
+    const EFFECTIVE: u32 = 1;
+    #[repr(C)]
+    struct QueryAttr {
+        target: u32,
+        attach_type: u32,
+        query_flags: u32,
+        attach_flags: u32,
+        ids: u64,
+        count: u32,
+        pad: u32,
+    }
+    let mut ids = vec![0u32; 64];
+    let mut attr = QueryAttr {
+        target: cgroup.as_fd().as_raw_fd() as u32,
+        attach_type: at as u32,
+        query_flags: EFFECTIVE,
+        attach_flags: 0,
+        ids: ids.as_mut_ptr() as u64,
+        count: ids.len() as u32,
+        pad: 0,
+    };
+    // SAFETY: the kernel writes at most `count` ids to `ids`, which lives until the call returns.
+    unsafe { bpf(BPF_PROG_QUERY, &mut attr) }?;
+    ids.truncate(attr.count as usize);
+    Ok(ids)
 }
 
 /// Writes a socket's note. Not by aya, whose map would have to be locked on the data path.

@@ -4,12 +4,20 @@ use std::fmt;
 
 use anyhow::Context;
 
+mod agent;
 pub mod bench;
 pub mod ca;
+pub mod certs;
+pub mod connections;
 pub mod node;
+mod policies;
 pub mod policy;
 pub mod readiness;
+pub mod services;
 pub mod status;
+pub mod verify;
+mod words;
+pub mod workloads;
 
 /// In what form a subcommand prints.
 #[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]

@@ -1,4 +1,5 @@
-//! `mtls policy`: manifests looked over, and connections explained, before anything is applied. Needs no agent.
+//! `mtls policy`: the policies in force listed; manifests looked over and connections explained before anything is
+//! applied, which needs no agent.
 
 use std::fmt;
 use std::io::{self, Write};
@@ -9,20 +10,26 @@ use anyhow::{Context, bail};
 use clap::Subcommand;
 use ipnet::IpNet;
 
-use super::{Output, printable};
+use super::{Output, policies, printable};
 use crate::config::SameNode;
 use crate::explain::{self, EndRow, Explanation, ModeRow};
 use crate::identity::TrustDomain;
 use crate::mesh::{self, Finding, Mesh, Objects, Severity};
 
 #[derive(clap::Args, Debug)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
     #[command(subcommand)]
-    command: Command,
+    command: Option<Command>,
+
+    #[command(flatten)]
+    list: policies::ListArgs,
 }
 
 #[derive(Subcommand, Debug)]
 enum Command {
+    /// List the policies that this node's agent has read, as without a subcommand
+    List(policies::ListArgs),
     /// Look over manifests: what is refused, and what policies do not do although they seem to
     Check(Check),
     /// Say what would happen to a connection, and which policy decides
@@ -90,10 +97,11 @@ struct Explain {
 
 /// Runs `mtls policy` to its end. An error is also what `check` found.
 pub fn main(args: Args) -> anyhow::Result<()> {
-    let mut out = io::stdout().lock();
     match args.command {
-        Command::Check(check) => check.run(&mut out),
-        Command::Explain(explain) => explain.run(&mut out),
+        None => policies::main(&args.list),
+        Some(Command::List(list)) => policies::main(&list),
+        Some(Command::Check(check)) => check.run(&mut io::stdout().lock()),
+        Some(Command::Explain(explain)) => explain.run(&mut io::stdout().lock()),
     }
 }
 

@@ -12,7 +12,8 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio::time::timeout;
 
-use super::status::{self, Error, PATIENCE, duration};
+use super::agent::{self, Error, PATIENCE};
+use super::words::duration;
 use super::{Align, Output, Table, printable};
 use crate::plaintext::{LONGEST_WINDOW, PeerRow, PortRow, Report, WorkloadRow};
 
@@ -69,7 +70,7 @@ pub async fn run(args: &Args, out: &mut (dyn Write + Send)) -> Result<bool, Erro
     if let Some(namespace) = &args.namespace {
         resource += &format!("&namespace={namespace}");
     }
-    let answer = timeout(PATIENCE, status::get(path, &resource));
+    let answer = timeout(PATIENCE, agent::get(path, &resource));
     let answer = answer.await.map_err(|_| Error::Silent { path: path.clone() })??;
     let unreadable = |source| Error::Answer { path: path.clone(), source };
     let report: Report = serde_json::from_slice(&answer).map_err(unreadable)?;

@@ -103,7 +103,7 @@ fn accept(id: &SpiffeId, key: Key, issued: Issued) -> Result<(Svid, TrustBundle)
 }
 
 /// A peer's view of the chain, in both directions that peers can meet us.
-fn verify(
+pub(super) fn verify(
     leaf: &CertificateDer<'_>,
     intermediates: &[CertificateDer<'_>],
     roots: &[CertificateDer<'_>],

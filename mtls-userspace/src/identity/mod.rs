@@ -15,6 +15,7 @@ mod certificate;
 mod issuing;
 mod rotation;
 mod spiffe;
+mod verdict;
 
 pub use authority::{Authority, Issued, RemoteAuthority, wire};
 pub use certificate::InvalidCertificate;
@@ -111,13 +112,19 @@ pub enum Error {
 #[derive(Debug)]
 pub enum Fault {
     /// It has no SPIFFE ID, several, or another's.
-    Identity { found: Vec<String> },
+    Identity {
+        found: Vec<String>,
+    },
     /// It certifies a key that we didn't send.
     Key,
     /// Clocks differ, or the authority answered with an old certificate.
-    Validity { not_before: SystemTime, not_after: SystemTime },
+    Validity {
+        not_before: SystemTime,
+        not_after: SystemTime,
+    },
     /// It doesn't lead to a root of the bundle.
     Chain(webpki::Error),
+    Malformed(InvalidCertificate),
 }
 
 impl fmt::Display for Fault {
@@ -132,6 +139,7 @@ impl fmt::Display for Fault {
                 timestamp(*not_after),
                 timestamp(SystemTime::now())
             ),
+            Self::Malformed(error) => error.fmt(f),
             Self::Chain(error) => {
                 write!(f, "its chain leads to no root that came with it or stands in the root file ({error})")
             }

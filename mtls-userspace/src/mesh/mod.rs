@@ -28,7 +28,7 @@ pub use error::{Error, InvalidAddress, NoObject, Place};
 pub use objects::{Objects, Placed};
 pub use source::Source;
 
-pub use service::ServedPort;
+pub use service::{Health, ServedPort};
 
 use service::Services;
 
@@ -158,7 +158,17 @@ impl Mesh {
 
     /// Every port of every Service with a cluster IP, sorted by name and address.
     pub fn services(&self) -> Vec<ServedPort> {
+        self.service_ports().into_iter().filter_map(|(_, address)| self.served(address)).collect()
+    }
+
+    /// Name and address of what [`Self::services`] lists, without the endpoints.
+    pub fn service_ports(&self) -> Vec<(&Arc<str>, SocketAddr)> {
         self.services.list()
+    }
+
+    /// What is behind a Service's address and port.
+    pub fn served(&self, address: SocketAddr) -> Option<ServedPort> {
+        self.services.served(address)
     }
 
     /// Whether the address is a Service's, and which.

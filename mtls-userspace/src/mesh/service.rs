@@ -32,6 +32,16 @@ pub struct ServedPort {
     pub address: SocketAddr,
     /// Where connections go: the pod's own address and port, and the pod if it is one of the mesh's view.
     pub endpoints: Vec<(SocketAddr, Option<Arc<Workload>>)>,
+    pub health: Health,
+}
+
+/// Endpoints by readiness, whether connections go to them or not.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Health {
+    pub ready: usize,
+    /// Shutting down but still answering: used where nobody is ready.
+    pub draining: usize,
+    pub not_ready: usize,
 }
 
 /// One (VIP, port).
@@ -41,6 +51,7 @@ pub(super) struct Vip {
     locality: Locality,
     /// Endpoints by node, where locality asks for it.
     by_node: HashMap<Arc<str>, Vec<Endpoint>>,
+    health: Health,
 }
 
 #[derive(Clone, Debug)]
@@ -145,14 +156,19 @@ impl Services {
         self.names.get(&address)
     }
 
-    pub(super) fn list(&self) -> Vec<ServedPort> {
-        let port = |(address, vip): (&SocketAddr, &Vip)| {
-            let endpoints = vip.endpoints.iter().map(|e| (e.address, e.workload.clone())).collect();
-            Some(ServedPort { service: self.name(address.ip())?.clone(), address: *address, endpoints })
-        };
-        let mut ports: Vec<ServedPort> = self.ports.iter().filter_map(port).collect();
-        ports.sort_by(|a, b| (&a.service, a.address).cmp(&(&b.service, b.address)));
+    /// Every port with its Service's name, sorted.
+    pub(super) fn list(&self) -> Vec<(&Arc<str>, SocketAddr)> {
+        let named = self.ports.keys().filter_map(|address| Some((self.name(address.ip())?, *address)));
+        let mut ports: Vec<_> = named.collect();
+        ports.sort();
         ports
+    }
+
+    pub(super) fn served(&self, address: SocketAddr) -> Option<ServedPort> {
+        let vip = self.vip(address)?;
+        let endpoints = vip.endpoints.iter().map(|e| (e.address, e.workload.clone())).collect();
+        let service = self.name(address.ip())?.clone();
+        Some(ServedPort { service, address, endpoints, health: vip.health })
     }
 
     pub(super) fn addresses(&self) -> impl Iterator<Item = IpAddr> {
@@ -162,9 +178,15 @@ impl Services {
 
 impl Vip {
     fn new(locality: Locality, candidates: Vec<Candidate>) -> Self {
-        let has = |readiness| candidates.iter().any(|candidate| candidate.readiness == readiness);
-        let used = if has(Readiness::Ready) { Readiness::Ready } else { Readiness::Draining };
-        let mut vip = Self { endpoints: Vec::new(), locality, by_node: HashMap::new() };
+        let count =
+            |readiness| candidates.iter().filter(|candidate| candidate.readiness == readiness).count();
+        let health = Health {
+            ready: count(Readiness::Ready),
+            draining: count(Readiness::Draining),
+            not_ready: count(Readiness::NotReady),
+        };
+        let used = if health.ready > 0 { Readiness::Ready } else { Readiness::Draining };
+        let mut vip = Self { endpoints: Vec::new(), locality, by_node: HashMap::new(), health };
         for candidate in candidates.into_iter().filter(|candidate| candidate.readiness == used) {
             if let (Some(node), true) = (candidate.node, locality != Locality::Anywhere) {
                 vip.by_node.entry(node).or_default().push(candidate.endpoint.clone());

@@ -22,12 +22,11 @@ use tokio::sync::watch;
 use super::exposition::{Format, as_prometheus_text};
 use super::overview::Overview;
 use super::socket::{self, SocketFile};
-use super::{ConnectionRows, Error, IdentityRow, Observer, PodRow, Readiness, Status, page};
+use super::{Error, Observer, PodRow, Readiness, Status, inspector_api, page};
 use crate::plaintext::{Asked, LONGEST_WINDOW, Report};
 
 /// Connections that `/status` and, unless told otherwise, `/connections` list.
-const SHOWN: usize = 100;
-const MOST_SHOWN: usize = 10_000;
+pub(super) const SHOWN: usize = 100;
 /// How long answers under way may take once the agent stops.
 const LAST_ANSWERS: Duration = Duration::from_secs(2);
 
@@ -39,8 +38,8 @@ pub struct Admin {
 }
 
 #[derive(Clone)]
-struct Shared {
-    observer: Observer,
+pub(super) struct Shared {
+    pub observer: Observer,
     readiness: Readiness,
 }
 
@@ -126,10 +125,9 @@ fn public(shared: Shared) -> Router {
 fn local(shared: Shared) -> Router {
     let details = Router::new()
         .route("/status", get(status))
-        .route("/connections", get(connections))
-        .route("/certs", get(certificates))
         .route("/pods", get(pods))
         .route("/readiness", get(strict_readiness))
+        .merge(inspector_api::routes())
         .with_state(shared.clone());
     public(shared).merge(details)
 }
@@ -165,24 +163,6 @@ async fn status(State(shared): State<Shared>) -> Result<Json<Status>, StatusCode
     blocking(move || shared.observer.status(&shared.readiness, SHOWN)).await.map(Json)
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Limit {
-    limit: Option<usize>,
-}
-
-async fn connections(
-    State(shared): State<Shared>,
-    Query(Limit { limit }): Query<Limit>,
-) -> Result<Json<ConnectionRows>, StatusCode> {
-    let limit = limit.unwrap_or(SHOWN).min(MOST_SHOWN);
-    blocking(move || shared.observer.connection_rows(limit)).await.map(Json)
-}
-
-async fn certificates(State(shared): State<Shared>) -> Result<Json<Vec<IdentityRow>>, StatusCode> {
-    blocking(move || shared.observer.inner.providers.identities()).await.map(Json)
-}
-
 async fn pods(State(shared): State<Shared>) -> Result<Json<Vec<PodRow>>, StatusCode> {
     blocking(move || shared.observer.inner.providers.pods()).await.map(Json)
 }
@@ -213,6 +193,8 @@ async fn strict_readiness(
     facts.map(|facts| Json(Report::new(facts, &asked))).ok_or(StatusCode::SERVICE_UNAVAILABLE)
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, StatusCode> {
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, StatusCode> {
     tokio::task::spawn_blocking(work).await.map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
 }

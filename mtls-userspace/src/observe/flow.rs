@@ -125,7 +125,8 @@ pub enum Refusal {
     WrongPod,
     /// The peer claims a client address that is neither its own nor of a pod with its identity.
     ForgedSource,
-    /// The kernel half recorded no original destination for the captured socket.
+    /// The kernel half recorded no original destination: something in the pod dialled the agent's listener itself,
+    /// or the record found no room.
     NoOriginalDestination,
     /// No certificate for the workload yet, or it has run out.
     NoCertificate,
@@ -136,12 +137,10 @@ pub enum Refusal {
     ConnectRefused,
     /// The destination application does not answer in time.
     ConnectTimeout,
-    /// The peer broke the tunnel protocol.
+    /// The peer broke the tunnel protocol where it should have named a destination.
     Protocol,
     /// A limit of this agent was reached.
     Overloaded,
-    /// This agent is stopping and takes no new connections.
-    Draining,
     /// A system call on this node failed.
     Io,
 }
@@ -167,7 +166,6 @@ impl Refusal {
             Self::ConnectTimeout => "connect_timeout",
             Self::Protocol => "protocol",
             Self::Overloaded => "overloaded",
-            Self::Draining => "draining",
             Self::Io => "io",
         }
     }
@@ -200,7 +198,6 @@ impl fmt::Display for Refusal {
             Self::ConnectTimeout => f.write_str("the destination application did not answer in time"),
             Self::Protocol => f.write_str("the peer broke the tunnel protocol"),
             Self::Overloaded => f.write_str("a limit of this agent was reached"),
-            Self::Draining => f.write_str("this agent is stopping"),
             Self::Io => f.write_str("a system call on this node failed"),
         }
     }

@@ -5,6 +5,7 @@
 
 use std::io::{self, Write};
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,6 +24,8 @@ mod connections;
 mod exposition;
 mod flow;
 mod graph;
+mod inspection;
+mod inspector_api;
 mod metrics;
 mod overview;
 mod page;
@@ -30,10 +33,12 @@ mod pairs;
 mod process;
 mod providers;
 mod readiness;
+mod recent;
 mod socket;
 mod status;
 mod strict;
 mod traffic;
+mod verification;
 mod workload_labels;
 
 use access_log::{Log, Record};
@@ -42,18 +47,25 @@ use connections::{Connections, Open};
 use metrics::{DirectionLabels, Events, HandshakeFailureLabels, HandshakeLabels, PlaintextTo, Refused};
 use process::Process;
 use providers::Providers;
+use recent::Recent;
 use traffic::Traffic;
 
 pub use access_log::AccessLog;
 pub use admin::Admin;
 pub use connections::Connection;
 pub use flow::{Direction, Ending, Flow, HandshakeFailure, Party, Path, Refusal};
+pub use inspection::{
+    CertificateRow, ChainRow, EndedRow, EndpointRow, Filter, Inspector, Judged, Listing, ModesRow, PolicyRow,
+    ServiceRow, WorkloadRow,
+};
 pub use metrics::Plaintext;
 pub use readiness::{Condition, Readiness};
 pub use status::{
     AgentRow, ConnectionRow, ConnectionRows, Enrolment, IdentityRow, IssuerRole, IssuerRow, MeshRow,
     OpenCount, PartyRow, PodRow, Status,
 };
+pub use verification::{CheckRow, End, Pair, Proof, Unverifiable, Verification};
+pub use workload_labels::controller;
 
 /// What an operator decides about observation.
 #[derive(Clone, Debug)]
@@ -96,6 +108,7 @@ struct Inner {
     started: Timestamp,
     since: Instant,
     connections: Connections,
+    recent: Recent,
     traffic: Arc<Traffic>,
     events: Events,
     kernels_plaintext: pairs::Pairs,
@@ -141,6 +154,7 @@ impl Observer {
             started: Timestamp::now(),
             since: Instant::now(),
             connections: Connections::default(),
+            recent: Recent::default(),
             traffic: Arc::new(Traffic::new(Bounded::new(label_sets, label_idle), cluster, &cluster_domain)),
             events: Events::new(label_sets, label_idle),
             kernels_plaintext: pairs::Pairs::new(label_sets, label_idle),
@@ -167,6 +181,7 @@ impl Observer {
         self.count_plaintext(&flow, Plaintext::Refused);
         let reports = self.inner.traffic.reports(&flow, refusal.response_flags());
         reports.each().for_each(|counts| count(&counts.failed));
+        self.inner.recent.refused(&flow, &refusal);
         if self.inner.log.is_on() {
             self.inner.log.write(Record::Refused { at: Timestamp::now(), flow: Box::new(flow), refusal });
         }
@@ -238,6 +253,11 @@ impl Observer {
         self.inner.providers.set_plaintext(facts, counts);
     }
 
+    /// Who answers questions about the mesh, certificates and policies.
+    pub fn set_inspector(&self, inspector: Arc<dyn Inspector>) {
+        self.inner.providers.set_inspector(inspector);
+    }
+
     /// Waits until the access log has written what was logged so far; false if it could not within `patience`.
     /// Blocks: for the end of the process, not for the data path.
     pub fn flush_access_log(&self, patience: Duration) -> bool {
@@ -281,13 +301,20 @@ impl Observer {
             mesh: self.inner.providers.mesh().unwrap_or_default(),
             pods: self.inner.providers.pods(),
             certificates: self.inner.providers.identities(),
-            connections: self.connection_rows(limit),
+            connections: self.connection_rows(0..limit, &|_| true),
         }
     }
 
-    fn connection_rows(&self, limit: usize) -> ConnectionRows {
+    /// Open connections: how many there are, and the newest of those wanted.
+    fn connection_rows(&self, shown: Range<usize>, wanted: &dyn Fn(&Flow) -> bool) -> ConnectionRows {
         let mut newest = self.inner.connections.all();
+        newest.retain(|open| wanted(&open.flow));
         newest.sort_unstable_by_key(|open| std::cmp::Reverse(open.id));
+        let inspector = self.inner.providers.inspector();
+        let row = |open: &Arc<Open>| {
+            let judged = inspector.as_ref().map(|inspector| inspector.judged(&open.flow));
+            ConnectionRow::new(open, judged.unwrap_or_default())
+        };
         let pairs = Direction::ALL.into_iter().flat_map(|d| Path::ALL.into_iter().map(move |p| (d, p)));
         let open = pairs.map(|(direction, path)| OpenCount {
             direction: direction.as_str().to_owned(),
@@ -298,8 +325,14 @@ impl Observer {
             open: open.filter(|open| open.count > 0).collect(),
             opened_total: self.inner.connections.opened(),
             refused_total: self.inner.events.refused_total.load(Ordering::Relaxed),
-            newest: newest.iter().take(limit).map(|open| ConnectionRow::new(open)).collect(),
+            matching: newest.len(),
+            newest: newest.iter().take(shown.end).skip(shown.start).map(row).collect(),
         }
+    }
+
+    /// The last connections that ended or were refused, newest first, of those wanted.
+    fn ended_rows(&self, wanted: &dyn Fn(&Flow) -> bool) -> Vec<EndedRow> {
+        self.inner.recent.rows(wanted)
     }
 
     fn ended(&self, open: &Arc<Open>, ending: Ending) {
@@ -313,6 +346,7 @@ impl Observer {
         if let Ending::Rejected(refusal) = &ending {
             self.count_refusal(open.flow.direction, refusal);
         }
+        self.inner.recent.ended(open, &ending);
         if self.inner.log.is_on() {
             let (at, duration) = (Timestamp::now(), open.age());
             self.inner.log.write(Record::Ended { at, open: open.clone(), duration, ending });

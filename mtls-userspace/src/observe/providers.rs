@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use super::inspection::Inspector;
 use super::readiness::Judged;
 use super::status::{IdentityRow, MeshRow, PodRow};
 use crate::plaintext;
@@ -38,6 +39,7 @@ pub(super) struct Providers {
     conditions: Source<Judged>,
     plaintext: Source<plaintext::Facts>,
     plaintext_counts: Source<plaintext::Counts>,
+    inspector: RwLock<Option<Arc<dyn Inspector>>>,
 }
 
 impl Providers {
@@ -72,6 +74,14 @@ impl Providers {
 
     pub fn plaintext_counts(&self) -> Option<plaintext::Counts> {
         self.plaintext_counts.ask()
+    }
+
+    pub fn set_inspector(&self, inspector: Arc<dyn Inspector>) {
+        *self.inspector.write().unwrap_or_else(PoisonError::into_inner) = Some(inspector);
+    }
+
+    pub fn inspector(&self) -> Option<Arc<dyn Inspector>> {
+        self.inspector.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     pub fn identities(&self) -> Vec<IdentityRow> {

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::connections::Open;
 use super::flow::{Flow, Party};
+use super::inspection::Judged;
 use crate::identity::{Identity, IdentityStatus};
 
 /// One agent, at one moment.
@@ -146,7 +147,9 @@ pub struct ConnectionRows {
     pub open: Vec<OpenCount>,
     pub opened_total: u64,
     pub refused_total: u64,
-    /// Newest first; not all of them when `open` adds up to more.
+    /// Open now and asked for, listed or not.
+    pub matching: usize,
+    /// Newest first; not all of them when `matching` is more.
     pub newest: Vec<ConnectionRow>,
 }
 
@@ -166,12 +169,19 @@ pub struct ConnectionRow {
     pub destination: PartyRow,
     pub original_destination: Option<String>,
     pub service: Option<String>,
+    /// The negotiated version: `TLSv1.3`, the only one that tunnels speak. Absent where there is no TLS.
+    pub tls: Option<String>,
+    /// The negotiated suite's standard name.
     pub cipher: Option<String>,
     /// Source to destination.
     pub bytes_sent: u64,
     /// Destination to source.
     pub bytes_received: u64,
     pub age_seconds: f64,
+    /// Effective mode of the destination's port, where this agent judges the connection.
+    pub mode: Option<String>,
+    /// `namespace/name` of the ALLOW policy that lets it in, if one decides.
+    pub policy: Option<String>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -184,7 +194,7 @@ pub struct PartyRow {
 }
 
 impl PartyRow {
-    fn new(address: String, party: &Party) -> Self {
+    pub(super) fn new(address: String, party: &Party) -> Self {
         Self {
             address,
             workload: party.workload.as_ref().map(|workload| workload.key()),
@@ -194,7 +204,7 @@ impl PartyRow {
 }
 
 impl ConnectionRow {
-    pub(super) fn new(open: &Open) -> Self {
+    pub(super) fn new(open: &Open, judged: Judged) -> Self {
         let Flow {
             direction,
             path,
@@ -215,10 +225,13 @@ impl ConnectionRow {
             destination: PartyRow::new(address.to_string(), destination),
             original_destination: original_dst.map(|dst| dst.to_string()),
             service: service.as_deref().map(str::to_owned),
+            tls: cipher.map(|_| "TLSv1.3".to_owned()),
             cipher: cipher.map(str::to_owned),
             bytes_sent,
             bytes_received,
             age_seconds: (open.age().as_secs_f64() * 1000.0).round() / 1000.0,
+            mode: judged.mode,
+            policy: judged.policy.as_deref().map(str::to_owned),
         }
     }
 }

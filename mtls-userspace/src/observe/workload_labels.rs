@@ -4,7 +4,7 @@ use crate::mesh::Workload;
 
 /// The name of what made the pod (Deployment, StatefulSet, DaemonSet, Job), as `*_workload` labels have it: read
 /// from the labels that the controllers themselves put on their pods. A pod nobody made goes by its own name.
-pub(super) fn controller(workload: &Workload) -> &str {
+pub fn controller(workload: &Workload) -> &str {
     let name = &*workload.name;
     let label = |key: &str| workload.labels.get(key).map(String::as_str).filter(|value| !value.is_empty());
     if let Some(hash) = label("pod-template-hash") {

@@ -16,6 +16,7 @@ use crate::mesh::Workload;
 mod authorization;
 mod index;
 mod invalid;
+mod listing;
 mod pattern;
 mod peer_authentication;
 mod schema;
@@ -23,13 +24,14 @@ mod selector;
 mod warning;
 
 pub use invalid::Invalid;
-pub use schema::{AuthorizationPolicy, PeerAuthentication};
+pub use listing::{Listed, Says, Scope};
+pub use schema::{Action, AuthorizationPolicy, PeerAuthentication};
+pub use selector::Selectable;
 pub use warning::{Problem, Warning};
 
 use authorization::{Decision, Scopes};
 use index::Connection;
 use peer_authentication::Levels;
-use selector::Selectable;
 
 /// What a port accepts. The effective mode, after mesh, namespace, workload and port level were combined.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -173,6 +175,7 @@ pub struct Policies {
     dry_run: Option<Levels>,
     authorization: Scopes,
     warnings: Vec<Warning>,
+    listed: Vec<Listed>,
 }
 
 impl Policies {
@@ -184,6 +187,12 @@ impl Policies {
         root_namespace: &str,
     ) -> Self {
         let selectable = Selectable::new(workloads.iter().map(Arc::as_ref).filter(|w| w.enrolled));
+        let authorization_policies: Vec<_> = authorization_policies.collect();
+        let listed = listing::all(
+            peer_authentications.clone(),
+            authorization_policies.iter().copied(),
+            root_namespace,
+        );
         let mut warnings = Vec::new();
         let all = || peer_authentications.clone();
         let enforced =
@@ -196,8 +205,9 @@ impl Policies {
             levels
         });
         peer_authentication::check_selection(all(), &selectable, root_namespace, &mut warnings);
-        let authorization = Scopes::new(authorization_policies, &selectable, root_namespace, &mut warnings);
-        Self { enforced, dry_run, authorization, warnings }
+        let authorization =
+            Scopes::new(authorization_policies.into_iter(), &selectable, root_namespace, &mut warnings);
+        Self { enforced, dry_run, authorization, warnings, listed }
     }
 
     /// The effective PeerAuthentication modes of a workload.
@@ -264,6 +274,11 @@ impl Policies {
             Verdict::Allowed { policy } => Ok(Authorized { policy, dry_run }),
             Verdict::Denied { reason, policy } => Err(Denied { reason, policy, dry_run }),
         }
+    }
+
+    /// Every policy that was read, in force or not, sorted by name and kind.
+    pub fn listed(&self) -> &[Listed] {
+        &self.listed
     }
 
     /// What policies do not do although their authors may think so.

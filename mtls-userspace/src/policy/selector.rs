@@ -16,7 +16,7 @@ impl Selector {
         self.0.iter().all(|(key, value)| labels.get(key) == Some(value))
     }
 
-    pub(super) fn labels(&self) -> impl Iterator<Item = (&str, &str)> {
+    pub fn labels(&self) -> impl Iterator<Item = (&str, &str)> {
         self.0.iter().map(|(key, value)| (key.as_str(), value.as_str()))
     }
 }
@@ -87,13 +87,13 @@ impl<T> BySelector<T> {
 }
 
 /// Workloads by namespace and label, so that thousands of selectors can be checked without asking every workload.
-pub(super) struct Selectable<'a> {
+pub struct Selectable<'a> {
     by_namespace: HashMap<&'a str, Vec<&'a Workload>>,
     by_label: HashMap<(&'a str, &'a str), Vec<&'a Workload>>,
 }
 
 impl<'a> Selectable<'a> {
-    pub(super) fn new(workloads: impl Iterator<Item = &'a Workload>) -> Self {
+    pub fn new(workloads: impl Iterator<Item = &'a Workload>) -> Self {
         let mut index = Self { by_namespace: HashMap::new(), by_label: HashMap::new() };
         for workload in workloads {
             index.by_namespace.entry(&workload.namespace).or_default().push(workload);

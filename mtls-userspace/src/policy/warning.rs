@@ -66,6 +66,11 @@ impl Problem {
         }
     }
 
+    /// Whether the policy does nothing at all.
+    pub fn ignores_policy(&self) -> bool {
+        matches!(self, Self::SelectorInRootNamespace | Self::Shadowed { .. } | Self::TargetRefs)
+    }
+
     /// Whether it would be wrong if a pod or namespace were missing from the view.
     pub fn depends_on_pods(&self) -> bool {
         matches!(self, Self::SelectsNobody | Self::UndeclaredPort { .. })

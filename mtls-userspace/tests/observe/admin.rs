@@ -38,7 +38,7 @@ fn ready_is_said_only_when_nothing_is_missing() {
 #[test]
 fn details_are_on_the_unix_socket_and_not_on_tcp() {
     let agent = Agent::start();
-    for path in ["/status", "/connections", "/certs", "/pods"] {
+    for path in ["/status", "/connections", "/pods"] {
         assert_eq!(agent.get(path).status, 404, "{path}");
         assert_eq!(agent.local(path).status, 200, "{path}");
     }
@@ -85,7 +85,6 @@ fn status_shows_the_agent_its_pods_certificates_and_connections() {
     drop(open);
     assert_eq!(agent.local("/status").json()["connections"]["newest"], json!([]));
     assert_eq!(agent.local("/pods").json(), status["pods"]);
-    assert_eq!(agent.local("/certs").json(), status["certificates"]);
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod agent;
 mod exposition;
 mod flows;
 mod health_metrics;
+mod inspector;
 mod overview;
 mod status_command;
 mod strict_readiness;
