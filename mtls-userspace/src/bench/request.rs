@@ -45,7 +45,7 @@ pub(super) fn run(to: SocketAddr, load: &Load) -> io::Result<Report> {
                 tally.untimed += 1;
             }
             slot.received = 0;
-            slot.sent = Instant::now();
+            slot.sent = now;
             send(&slot.stream, &request)?;
         }
     }
