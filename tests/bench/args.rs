@@ -10,7 +10,7 @@ use clap::{Parser, ValueEnum};
 /// Two nodes made of network namespaces on this machine; client, server and agents share its cores. Every repetition
 /// takes every path in turn. Ends with a table, and with bench.json and bench.html below --out.
 #[derive(Parser, Debug)]
-#[command(name = "cargo xtask bench")]
+#[command(name = "cargo xtask bench", args_override_self = true)]
 pub struct Args {
     /// Directory for bench.json and bench.html
     #[arg(long, value_name = "DIR", default_value = "bench-out")]
@@ -54,6 +54,10 @@ pub struct Args {
     /// Measure again, up to twice, when processes that aren't ours used more CPUs than this meanwhile; never with --quick
     #[arg(long, value_name = "CPUS", default_value_t = 0.2)]
     pub max_disturbance: f64,
+    /// Instead of all this: what a mesh costs as it grows to so many workloads [default: 1000,10000,100000]
+    #[arg(long, value_delimiter = ',', value_name = "WORKLOADS", num_args = 0..,
+          default_missing_values = ["1000", "10000", "100000"])]
+    pub scale: Option<Vec<usize>>,
 }
 
 /// Kinds of measurement.
@@ -71,6 +75,8 @@ pub enum Kind {
     Memory,
     /// Time to the first byte between pods that never spoke
     Cold,
+    /// Latency beside another pod's bulk stream and idle connections
+    Fairness,
 }
 
 /// Peers that come as packages.

@@ -2,12 +2,14 @@
 
 use std::collections::HashMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 
 /// Ticks of `/proc/stat` in a second, on every Linux there is (`USER_HZ`).
 const TICKS: f64 = 100.0;
+/// Open files that a process may need.
+const FILES: u64 = 100_000;
 
 /// An agent, or another proxy, on a path. What runs in its cgroup is its cost.
 #[derive(Clone, Debug)]
@@ -18,6 +20,10 @@ pub struct Agent {
 }
 
 impl Agent {
+    pub fn new(name: &'static str, cgroup: impl Into<PathBuf>) -> Self {
+        Self { name, cgroup: cgroup.into() }
+    }
+
     /// CPU seconds used so far.
     pub fn cpu(&self) -> Result<f64> {
         let file = self.cgroup.join("cpu.stat");
@@ -115,16 +121,20 @@ fn resident(status: &str) -> Option<u64> {
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
-/// Makes room for ten thousand connections in everything that is started from here.
-pub fn raise_limits() -> Result<()> {
+/// Lets everything that is started from here open as many files as the machine permits: how many.
+pub fn raise_limits() -> Result<u64> {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    setrlimit(Resource::RLIMIT_NOFILE, most, most).context("raise the limit of open files")
+    // More than the hard limit is for the mighty only.
+    let files = [most.max(FILES), most]
+        .into_iter()
+        .find(|files| setrlimit(Resource::RLIMIT_NOFILE, *files, *files).is_ok());
+    files.context("raise the limit of open files")
 }
 
-/// A cgroup's name below its node, as a person would call it.
-pub fn agent(name: &'static str, cgroup: &Path) -> Agent {
-    Agent { name, cgroup: cgroup.into() }
+/// Connections that a proxy which may open so many files can carry.
+pub fn connections(files: u64) -> usize {
+    (files.saturating_sub(1000) / 2) as usize
 }
 
 #[cfg(test)]

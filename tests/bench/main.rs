@@ -6,12 +6,14 @@
 mod applications;
 mod args;
 mod cost;
+mod fairness;
 mod measure;
 mod metric;
 mod page;
 mod peers;
 mod progress;
 mod record;
+mod scale;
 mod table;
 mod world;
 
@@ -24,26 +26,39 @@ use args::{Args, Kind};
 use metric::{Figures, WORKLOADS, Workload};
 use progress::Progress;
 use record::{Environment, Results};
-use world::{Carrier, World};
+use world::{Carrier, Way, World};
 
 fn main() -> Result<()> {
-    let args = Args::parse();
+    let mut args = Args::parse();
     args.check()?;
     if let Some(reason) = mtls_tests::missing(&["ip"]) {
         anyhow::bail!(reason);
     }
-    cost::raise_limits()?;
+    let most = cost::connections(cost::raise_limits()?);
+    if args.wants(Kind::Memory) && args.idle.iter().any(|count| *count > most) {
+        println!(
+            "a process may not open more files here: at most {most} idle connections instead of {:?}",
+            args.idle
+        );
+        args.idle.iter_mut().for_each(|count| *count = most.min(*count));
+    }
     fs::create_dir_all(&args.out).with_context(|| format!("make {}", args.out.display()))?;
-    let mut world = World::build(&args)?;
-    let results = run(&mut world, &args)?;
-    report(&world, &args, &results)?;
+    let mut results = Results::default();
+    let environment = match &args.scale {
+        Some(sizes) => scale::run(sizes, &mut results)?,
+        None => {
+            let mut world = World::build(&args)?;
+            run(&mut world, &args, &mut results)?;
+            Environment::of(&world.ways.first().context("no paths")?.client)?
+        }
+    };
+    report(&environment, &args, &results)?;
     let ours: Vec<&String> = results.failures.iter().filter(|what| what.starts_with("mtls")).collect();
     ensure!(ours.is_empty(), "not measured on our own paths: {ours:?}");
     Ok(())
 }
 
-fn run(world: &mut World, args: &Args) -> Result<Results> {
-    let mut results = Results::default();
+fn run(world: &mut World, args: &Args, results: &mut Results) -> Result<()> {
     for way in &world.ways {
         measure::prove(way).with_context(|| format!("{}: no traffic passes as it should", way.name.path))?;
     }
@@ -52,6 +67,9 @@ fn run(world: &mut World, args: &Args) -> Result<Results> {
     let mut total = loads.len() * world.ways.len() * args.repetitions;
     if args.wants(Kind::Cold) {
         total += world.ways.len() * args.repetitions;
+    }
+    if args.wants(Kind::Fairness) {
+        total += pairs(world).count() * fairness::NEIGHBOURS.len() * args.repetitions;
     }
     if args.wants(Kind::Memory) {
         total += carried;
@@ -68,22 +86,25 @@ fn run(world: &mut World, args: &Args) -> Result<Results> {
                 let measured = measure::load(way, workload, args);
                 let disturbance = measured.as_ref().map_or(0.0, |measured| measured.disturbance);
                 let figures = measured.map(|measured| measured.figures);
-                note(&mut results, &mut progress, &way.name, workload.name, figures, disturbance);
+                note(results, &mut progress, &way.name, workload.name, figures, disturbance);
             }
             world.check_servers()?;
         }
+        if args.wants(Kind::Fairness) {
+            neighbours(world, args, results, &mut progress);
+        }
         if args.wants(Kind::Cold) {
-            cold(world, &mut results, &mut progress)?;
+            cold(world, results, &mut progress)?;
         }
     }
     if args.wants(Kind::Memory) {
-        memory(world, args, &mut results, &mut progress)?;
+        memory(world, args, results, &mut progress)?;
     }
     if args.applications {
-        applications::run(world, args, &mut results, &mut progress)?;
+        applications::run(world, args, results, &mut progress)?;
     }
     println!("measured in {}", progress::clock(progress.elapsed()));
-    Ok(results)
+    Ok(())
 }
 
 /// Keeps figures, or the reason why there are none.
@@ -99,6 +120,26 @@ fn note(
     match figures {
         Ok(figures) => results.add(path, workload, &figures, disturbance),
         Err(error) => results.failures.push(format!("{}, {workload}: {error:#}", path.path)),
+    }
+}
+
+/// Ways that have neighbours, with them.
+fn pairs(world: &World) -> impl Iterator<Item = (&Way, &Way)> {
+    world.neighbours.iter().filter_map(|greedy| {
+        let way = world.ways.iter().find(|way| way.name.path == greedy.name.path)?;
+        Some((way, greedy))
+    })
+}
+
+fn neighbours(world: &World, args: &Args, results: &mut Results, progress: &mut Progress) {
+    let idle = args.idle.iter().copied().max().unwrap_or(1000);
+    for neighbour in fairness::NEIGHBOURS {
+        for (way, greedy) in pairs(world) {
+            let measured = fairness::beside(way, greedy, neighbour, idle, args);
+            let disturbance = measured.as_ref().map_or(0.0, |measured| measured.disturbance);
+            let figures = measured.map(|measured| measured.figures);
+            note(results, progress, &way.name, &neighbour.workload(idle), figures, disturbance);
+        }
     }
 }
 
@@ -140,10 +181,8 @@ fn memory(world: &mut World, args: &Args, results: &mut Results, progress: &mut 
     Ok(())
 }
 
-fn report(world: &World, args: &Args, results: &Results) -> Result<()> {
-    let pod = &world.ways.first().context("no paths")?.client;
-    let environment = Environment::of(pod)?;
-    let records = results.records(&environment);
+fn report(environment: &Environment, args: &Args, results: &Results) -> Result<()> {
+    let records = results.records(environment);
     ensure!(!records.is_empty(), "nothing was measured: {:?}", results.failures);
     println!("\n{}", table::table(&records));
     println!(
@@ -162,7 +201,7 @@ fn report(world: &World, args: &Args, results: &Results) -> Result<()> {
     let (json, html) = (args.out.join("bench.json"), args.out.join("bench.html"));
     fs::write(&json, serde_json::to_string_pretty(&records)?)
         .with_context(|| format!("write {}", json.display()))?;
-    fs::write(&html, page::page(&records, &environment, &results.failures))
+    fs::write(&html, page::page(&records, environment, &results.failures))
         .with_context(|| format!("write {}", html.display()))?;
     println!("{} and {}", json.display(), html.display());
     Ok(())

@@ -108,7 +108,8 @@ fn memory_of(agent: &Agent) -> Metric {
     Metric { name, unit: "bytes per idle connection", higher_is_better: false }
 }
 
-fn hold(way: &Way, count: usize) -> Result<Running> {
+/// Opens idle connections; they are held until its standard input ends.
+pub fn hold(way: &Way, count: usize) -> Result<Running> {
     let mut command = way.client.command(mtls()?);
     command.args(["bench", "client", "--workload", "idle", "--to", &way.address.to_string()]);
     command.args(["--connections", &count.to_string()]).stdin(Stdio::piped());

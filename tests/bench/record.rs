@@ -9,6 +9,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use crate::metric::{Figures, Metric};
+use crate::table::distinct;
 
 /// One line of `bench.json`.
 #[derive(Clone, Debug, Serialize)]
@@ -121,13 +122,7 @@ impl Results {
 
     /// Grouped by workload and metric in the order in which they were first seen, so that a table reads across paths.
     pub fn records(&self, environment: &Environment) -> Vec<Record> {
-        let mut groups: Vec<(&str, Metric)> = Vec::new();
-        for series in &self.series {
-            let group = (series.workload.as_str(), series.metric);
-            if !groups.contains(&group) {
-                groups.push(group);
-            }
-        }
+        let groups = distinct(self.series.iter().map(|series| (series.workload.as_str(), series.metric)));
         let mut ordered = Vec::new();
         for (workload, metric) in groups {
             let group = self.series.iter().filter(|s| s.workload == workload && s.metric == metric);

@@ -3,36 +3,39 @@
 use crate::progress::number;
 use crate::record::Record;
 
-/// A line per workload and metric, a column per path: median, and the ratio to plain TCP.
+/// A block per workload: a line per path, a column per metric, each with its median and the ratio to plain TCP.
 pub fn table(records: &[Record]) -> String {
-    let mut paths: Vec<&str> = Vec::new();
-    let mut rows: Vec<(&str, &str, &str)> = Vec::new();
-    for record in records {
-        if !paths.contains(&record.path.as_str()) {
-            paths.push(&record.path);
-        }
-        let row = (record.workload.as_str(), record.metric, record.unit);
-        if !rows.contains(&row) {
-            rows.push(row);
-        }
-    }
-    let mut lines: Vec<Vec<String>> = vec![
-        ["workload", "metric", "unit"].into_iter().chain(paths.iter().copied()).map(str::to_owned).collect(),
-    ];
-    let mut last = "";
-    for (workload, metric, unit) in rows {
-        let first = if workload == last { "" } else { workload };
-        last = workload;
-        let mut line = vec![first.to_owned(), metric.to_owned(), unit.to_owned()];
-        line.extend(paths.iter().map(|path| {
-            let found = records
-                .iter()
-                .find(|r| r.path == *path && r.workload == workload && r.metric == metric && r.unit == unit);
-            found.map_or_else(|| "–".into(), cell)
+    let workloads = distinct(records.iter().map(|record| record.workload.as_str()));
+    workloads.into_iter().map(|workload| block(workload, records)).collect::<Vec<_>>().join("\n")
+}
+
+fn block(workload: &str, records: &[Record]) -> String {
+    let records: Vec<&Record> = records.iter().filter(|record| record.workload == workload).collect();
+    let metrics = distinct(records.iter().map(|record| (record.metric, record.unit)));
+    let paths = distinct(records.iter().map(|record| record.path.as_str()));
+    let mut head = vec![workload.to_owned()];
+    head.extend(metrics.iter().map(|(metric, unit)| format!("{metric}, {unit}")));
+    let mut lines = vec![head];
+    for path in paths {
+        let mut line = vec![path.to_owned()];
+        line.extend(metrics.iter().map(|metric| {
+            let found = records.iter().find(|r| r.path == path && (r.metric, r.unit) == *metric);
+            found.map_or_else(|| "–".into(), |record| cell(record))
         }));
         lines.push(line);
     }
     render(&lines)
+}
+
+/// Each once, in the order in which they come.
+pub fn distinct<T: PartialEq>(items: impl Iterator<Item = T>) -> Vec<T> {
+    let mut seen = Vec::new();
+    for item in items {
+        if !seen.contains(&item) {
+            seen.push(item);
+        }
+    }
+    seen
 }
 
 fn cell(record: &Record) -> String {
@@ -51,8 +54,8 @@ fn render(lines: &[Vec<String>]) -> String {
     let mut text = String::new();
     for (position, line) in lines.iter().enumerate() {
         for (column, (cell, width)) in line.iter().zip(&widths).enumerate() {
-            // Names to the left, numbers to the right.
-            text += &if column < 3 { format!("{cell:width$}  ") } else { format!("{cell:>width$}  ") };
+            // The name to the left, numbers to the right.
+            text += &if column == 0 { format!("{cell:width$}  ") } else { format!("{cell:>width$}  ") };
         }
         text.truncate(text.trim_end().len());
         text.push('\n');
@@ -68,21 +71,26 @@ fn render(lines: &[Vec<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::metric::THROUGHPUT;
+    use crate::metric::{REQUESTS, THROUGHPUT};
     use crate::record::{Compared, Environment, Results};
 
     #[test]
-    fn every_path_has_a_column_and_what_was_not_measured_a_dash() {
+    fn every_path_has_a_line_and_what_was_not_measured_a_dash() {
         let mut results = Results::default();
         let plain = Compared { path: "plain".into(), baseline: None };
         let ours = Compared { path: "mtls".into(), baseline: Some("plain".into()) };
         results.add(&plain, "bulk", &vec![(THROUGHPUT, 20.0)], 0.0);
-        results.add(&ours, "bulk", &vec![(THROUGHPUT, 10.0)], 0.0);
+        results.add(&ours, "bulk", &vec![(THROUGHPUT, 10.0), (REQUESTS, 5.0)], 0.0);
         results.add(&plain, "other", &vec![(THROUGHPUT, 1.0)], 0.0);
         let text = table(&results.records(&Environment::default()));
         let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines.len(), 4, "{text}");
-        assert!(lines[2].contains("20.0") && lines[2].ends_with("10.0 (0.50)"), "{text}");
-        assert!(lines[3].ends_with('–'), "{text}");
+        assert_eq!(lines.len(), 8, "{text}");
+        assert!(
+            lines[0].starts_with("bulk ") && lines[0].ends_with("throughput, Gbit/s  requests, 1/s"),
+            "{text}"
+        );
+        assert!(lines[2].starts_with("plain ") && lines[2].ends_with('–'), "{text}");
+        assert!(lines[3].contains("10.0 (0.50)"), "{text}");
+        assert!(lines[5].starts_with("other"), "{text}");
     }
 }

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use mtls_tests::{Forger, Lab, Mesh, Options, Pod, Running, eventually, mtls, sysctl};
 
 use crate::args::Args;
-use crate::cost::{Agent, agent};
+use crate::cost::Agent;
 use crate::peers::{self, Peer};
 use crate::record::Compared;
 
@@ -45,11 +45,14 @@ pub struct World {
     peers: Vec<Box<dyn Peer>>,
     mesh: Mesh,
     pub ways: Vec<Way>,
+    /// Other pods beside those of `plain` and of `mtls`, for what a neighbour does.
+    pub neighbours: Vec<Way>,
     pub meshed: Lab,
     pub bare: Lab,
 }
 
 pub const PLAIN: &str = "plain";
+pub const MTLS: &str = "mtls";
 pub const PLAIN_NEAR: &str = "plain, same node";
 /// Everything that anything here listens on: not to be taken by a client's end of a connection.
 const LISTENED_ON: &str = "5201,5432,6379,7000-7001,8080,15000-15100,15443";
@@ -65,13 +68,14 @@ impl World {
         for (index, peer) in wanted.iter().enumerate() {
             ways.push(through_peer(&bare, peer.name(), peer.redirects(), index)?);
         }
+        let neighbours = neighbours(&meshed, &bare)?;
         for lab in [&meshed, &bare] {
             tune(lab, args.congestion_control.as_deref())?;
         }
         let mesh = start_mesh(&meshed)?;
         let mut servers = Vec::new();
         let mtls = mtls()?.to_string_lossy().into_owned();
-        for way in &ways {
+        for way in ways.iter().chain(&neighbours) {
             servers.push(way.server.spawn(&mtls, &["bench", "server"])?);
             let up = || {
                 way.server.netns().within(|| std::net::TcpStream::connect((Ipv4Addr::LOCALHOST, PORT))).ok()
@@ -90,7 +94,7 @@ impl World {
             .collect::<Result<_>>()?;
         ways.retain(|way| args.wants_path(&way.name.path));
         ensure!(!ways.is_empty(), "no path's name contains {:?}", args.path);
-        Ok(Self { servers, peers, mesh, ways, meshed, bare })
+        Ok(Self { servers, peers, mesh, ways, neighbours, meshed, bare })
     }
 
     /// Starts a way's agents anew: nothing they learnt, kept open or allocated remains.
@@ -147,16 +151,16 @@ fn ours(lab: &Lab) -> Result<Vec<Way>> {
             compared(name, Some(PLAIN_NEAR)),
             lab.pod(node, &format!("{prefix}-client"))?,
             lab.pod(node, &format!("{prefix}-server"))?,
-            vec![agent("agent", cgroup)],
+            vec![Agent::new("agent", cgroup)],
             Carrier::Mtls,
         ))
     };
     Ok(vec![
         way(
-            compared("mtls", Some(PLAIN)),
+            compared(MTLS, Some(PLAIN)),
             lab.pod("node-a", "client")?,
             lab.pod("node-b", "server")?,
-            vec![agent("client's agent", &a), agent("server's agent", &b)],
+            vec![Agent::new("client's agent", &a), Agent::new("server's agent", &b)],
             Carrier::Mtls,
         ),
         near("mtls, same node, relay", "node-a", "relay", &a)?,
@@ -164,13 +168,23 @@ fn ours(lab: &Lab) -> Result<Vec<Way>> {
     ])
 }
 
+fn neighbours(meshed: &Lab, bare: &Lab) -> Result<Vec<Way>> {
+    let pair = |pods: [Arc<Pod>; 2], name, carrier| {
+        let [client, server] = pods;
+        way(compared(name, None), client, server, Vec::new(), carrier)
+    };
+    let plain = [bare.outsider("node-a", "greedy-client")?, bare.outsider("node-b", "greedy-server")?];
+    let ours = [meshed.pod("node-a", "greedy-client")?, meshed.pod("node-b", "greedy-server")?];
+    Ok(vec![pair(plain, PLAIN, Carrier::Kernel), pair(ours, MTLS, Carrier::Mtls)])
+}
+
 /// Plain to the proxy beside the client, or caught by the peer's own redirection.
 fn through_peer(lab: &Lab, name: &str, redirects: bool, index: usize) -> Result<Way> {
     let client = lab.outsider("node-a", &format!("{name}-client"))?;
     let server = lab.outsider("node-b", &format!("{name}-server"))?;
     let agents = vec![
-        agent("client's agent", &client.node().part(name)?),
-        agent("server's agent", &server.node().part(name)?),
+        Agent::new("client's agent", &client.node().part(name)?),
+        Agent::new("server's agent", &server.node().part(name)?),
     ];
     let mut way = way(compared(name, Some(PLAIN)), client, server, agents, Carrier::Peer(index));
     if !redirects {

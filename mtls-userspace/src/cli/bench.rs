@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use clap::Subcommand;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::bench::{self, Load, MAX_SIZE, Workload};
 
@@ -49,8 +48,7 @@ struct Client {
 
 impl Bench {
     pub fn run(self) -> anyhow::Result<()> {
-        let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
-        setrlimit(Resource::RLIMIT_NOFILE, most, most).context("raising the limit of open files")?;
+        super::allow_open_files()?;
         match self.end {
             End::Server { listen } => bench::serve(listen).context(format!("serving on {listen}")),
             End::Client(client) => client.run(),

@@ -7,6 +7,7 @@ use std::fmt::Write;
 use crate::metric::QUANTILES;
 use crate::progress::number;
 use crate::record::{Environment, Record};
+use crate::table::distinct;
 use chart::{Bar, Spread};
 
 const STYLE: &str = include_str!("style.css");
@@ -114,17 +115,6 @@ fn table(records: &[Record]) -> String {
         );
     }
     rows + "</table>"
-}
-
-/// In the order in which they come.
-fn distinct<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
-    let mut seen = Vec::new();
-    for name in names {
-        if !seen.contains(&name) {
-            seen.push(name);
-        }
-    }
-    seen
 }
 
 fn escape(text: &str) -> String {

@@ -23,8 +23,7 @@ fn command(program: &Path, leg: &Leg) -> Result<Vec<OsString>> {
     let file = leg.write(
         "haproxy.cfg",
         &format!(
-            "global\n  maxconn 30000\n\
-             defaults\n  mode tcp\n  timeout connect 5s\n  timeout client 1h\n  timeout server 1h\n\
+            "defaults\n  mode tcp\n  maxconn 10000\n  timeout connect 5s\n  timeout client 1h\n  timeout server 1h\n\
              listen way\n  bind {accept}\n  server other {connect}\n"
         ),
     )?;
