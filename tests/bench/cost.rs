@@ -132,9 +132,9 @@ pub fn raise_limits() -> Result<u64> {
     files.context("raise the limit of open files")
 }
 
-/// Connections that a proxy which may open so many files can carry.
-pub fn connections(files: u64) -> usize {
-    (files.saturating_sub(1000) / 2) as usize
+/// Connections that a process can carry which may open so many files and needs some for each.
+pub fn connections(files: u64, each: u64) -> usize {
+    (files.saturating_sub(1000) / each) as usize
 }
 
 #[cfg(test)]
@@ -152,6 +152,11 @@ mod tests {
     fn busy_leaves_out_idle_waiting_and_stolen_time() {
         assert_eq!(busy("cpu  100 200 300 9999 8888 50 150 7777 0 0\ncpu0 1\n"), Some(8.0));
         assert_eq!(busy("cpu0 1 2 3\n"), None);
+    }
+
+    #[test]
+    fn connections_leave_some_files_for_everything_else() {
+        assert_eq!((connections(20_000, 2), connections(20_000, 4), connections(500, 2)), (9500, 4750, 0));
     }
 
     #[test]

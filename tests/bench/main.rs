@@ -29,25 +29,18 @@ use record::{Environment, Results};
 use world::{Carrier, Way, World};
 
 fn main() -> Result<()> {
-    let mut args = Args::parse();
+    let args = Args::parse();
     args.check()?;
     if let Some(reason) = mtls_tests::missing(&["ip"]) {
         anyhow::bail!(reason);
     }
-    let most = cost::connections(cost::raise_limits()?);
-    if args.wants(Kind::Memory) && args.idle.iter().any(|count| *count > most) {
-        println!(
-            "a process may not open more files here: at most {most} idle connections instead of {:?}",
-            args.idle
-        );
-        args.idle.iter_mut().for_each(|count| *count = most.min(*count));
-    }
+    let files = cost::raise_limits()?;
     fs::create_dir_all(&args.out).with_context(|| format!("make {}", args.out.display()))?;
     let mut results = Results::default();
     let environment = match &args.scale {
         Some(sizes) => scale::run(sizes, &mut results)?,
         None => {
-            let mut world = World::build(&args)?;
+            let mut world = World::build(&args, files)?;
             run(&mut world, &args, &mut results)?;
             Environment::of(&world.ways.first().context("no paths")?.client)?
         }
@@ -132,9 +125,9 @@ fn pairs(world: &World) -> impl Iterator<Item = (&Way, &Way)> {
 }
 
 fn neighbours(world: &World, args: &Args, results: &mut Results, progress: &mut Progress) {
-    let idle = args.idle.iter().copied().max().unwrap_or(1000);
     for neighbour in fairness::NEIGHBOURS {
         for (way, greedy) in pairs(world) {
+            let idle = world.idle_counts(greedy, args).into_iter().max().unwrap_or(1000);
             let measured = fairness::beside(way, greedy, neighbour, idle, args);
             let disturbance = measured.as_ref().map_or(0.0, |measured| measured.disturbance);
             let figures = measured.map(|measured| measured.figures);
@@ -165,7 +158,7 @@ fn memory(world: &mut World, args: &Args, results: &mut Results, progress: &mut 
         }
         world.restart(world.ways[index].carrier)?;
         let way = &world.ways[index];
-        match measure::memory(way, &args.idle) {
+        match measure::memory(way, &world.idle_counts(way, args)) {
             Ok(measured) => {
                 for (count, figures) in &measured {
                     results.add(&way.name, &format!("{count} idle connections"), figures, 0.0);

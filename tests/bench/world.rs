@@ -11,9 +11,10 @@ use anyhow::{Context, Result, ensure};
 use mtls_tests::{Forger, Lab, Mesh, Options, Pod, Running, eventually, mtls, sysctl};
 
 use crate::args::Args;
-use crate::cost::Agent;
+use crate::cost::{Agent, connections};
 use crate::peers::{self, Peer};
 use crate::record::Compared;
+use crate::table::distinct;
 
 /// Where the load server listens, in every server pod.
 pub const PORT: u16 = 7000;
@@ -28,6 +29,8 @@ pub struct Way {
     /// Whose cost is counted. None on plain TCP.
     pub agents: Vec<Agent>,
     pub carrier: Carrier,
+    /// Sockets that an agent has open for one connection.
+    pub sockets: u64,
 }
 
 /// Who carries a way's connections.
@@ -49,6 +52,8 @@ pub struct World {
     pub neighbours: Vec<Way>,
     pub meshed: Lab,
     pub bare: Lab,
+    /// That a process may open.
+    files: u64,
 }
 
 pub const PLAIN: &str = "plain";
@@ -60,7 +65,7 @@ const LISTENED_ON: &str = "5201,5432,6379,7000-7001,8080,15000-15100,15443";
 const BESIDE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7001);
 
 impl World {
-    pub fn build(args: &Args) -> Result<Self> {
+    pub fn build(args: &Args, files: u64) -> Result<Self> {
         let (meshed, bare) = (Lab::two_nodes()?, Lab::two_nodes()?);
         let mut ways = plain(&bare)?;
         ways.extend(ours(&meshed)?);
@@ -94,7 +99,7 @@ impl World {
             .collect::<Result<_>>()?;
         ways.retain(|way| args.wants_path(&way.name.path));
         ensure!(!ways.is_empty(), "no path's name contains {:?}", args.path);
-        Ok(Self { servers, peers, mesh, ways, neighbours, meshed, bare })
+        Ok(Self { servers, peers, mesh, ways, neighbours, meshed, bare, files })
     }
 
     /// Starts a way's agents anew: nothing they learnt, kept open or allocated remains.
@@ -115,6 +120,12 @@ impl World {
             Carrier::Peer(index) => self.peers.get_mut(index).context("no such peer")?.restart()?,
         }
         Ok(())
+    }
+
+    /// Numbers of idle connections that were asked for, as far as an agent may open so many files.
+    pub fn idle_counts(&self, way: &Way, args: &Args) -> Vec<usize> {
+        let most = connections(self.files, way.sockets);
+        distinct(args.idle.iter().map(|count| most.min(*count)))
     }
 
     /// Whether every load server still runs.
@@ -155,6 +166,9 @@ fn ours(lab: &Lab) -> Result<Vec<Way>> {
             Carrier::Mtls,
         ))
     };
+    let mut encrypt = near("mtls, same node, encrypt", "node-b", "encrypt", &b)?;
+    // Both ends of the tunnel are its own.
+    encrypt.sockets = 4;
     Ok(vec![
         way(
             compared(MTLS, Some(PLAIN)),
@@ -164,7 +178,7 @@ fn ours(lab: &Lab) -> Result<Vec<Way>> {
             Carrier::Mtls,
         ),
         near("mtls, same node, relay", "node-a", "relay", &a)?,
-        near("mtls, same node, encrypt", "node-b", "encrypt", &b)?,
+        encrypt,
     ])
 }
 
@@ -195,7 +209,7 @@ fn through_peer(lab: &Lab, name: &str, redirects: bool, index: usize) -> Result<
 
 fn way(name: Compared, client: Arc<Pod>, server: Arc<Pod>, agents: Vec<Agent>, carrier: Carrier) -> Way {
     let address = server.addr(PORT);
-    Way { name, client, server, address, agents, carrier }
+    Way { name, client, server, address, agents, carrier, sockets: 2 }
 }
 
 fn compared(path: &str, baseline: Option<&str>) -> Compared {
