@@ -10,7 +10,7 @@ use clap::{Parser, ValueEnum};
 /// Two nodes made of network namespaces on this machine; client, server and agents share its cores. Every repetition
 /// takes every path in turn. Ends with a table, and with bench.json and bench.html below --out.
 #[derive(Parser, Debug)]
-#[command(name = "cargo xtask bench", args_override_self = true)]
+#[command(bin_name = "cargo xtask bench", args_override_self = true)]
 pub struct Args {
     /// Directory for bench.json and bench.html
     #[arg(long, value_name = "DIR", default_value = "bench-out")]

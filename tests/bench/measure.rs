@@ -46,8 +46,10 @@ fn once(way: &Way, workload: &Workload, seconds: f64) -> Result<Measured> {
     if !way.agents.is_empty() {
         figures.push((workload.per.agents(), (after.agents - before.agents) / amount));
     }
-    figures.push((workload.per.machine(), (after.machine - before.machine) / amount));
-    Ok(Measured { figures, disturbance: after.others_since(&before) / wall })
+    let others = after.others_since(&before);
+    let machine = (after.machine - before.machine - others).max(0.0);
+    figures.push((workload.per.machine(), machine / amount));
+    Ok(Measured { figures, disturbance: others / wall })
 }
 
 fn client(way: &Way, flags: &[&str], seconds: f64) -> Result<Value> {

@@ -29,7 +29,7 @@ pub fn page(records: &[Record], environment: &Environment, failures: &[String]) 
          <meta name=viewport content=\"width=device-width,initial-scale=1\">\n<title>mtls beside plain TCP</title>\n\
          <style>\n{STYLE}</style>\n<main>\n<h1>mtls beside plain TCP</h1>\n<p class=quiet>{}</p>\n\
          <p>Client, server and all agents share this machine. Bars are medians, thin lines reach from the least to the \
-         most; ratios are to plain TCP on the same way.\
+         most; ratios are to plain TCP on the same way.</p>\n<p class=key-line>\
          <span class=\"key plain\"></span>plain TCP<span class=\"key ours\"></span>mtls, between nodes\
          <span class=\"key near\"></span>mtls, same node<span class=\"key peer\"></span>others</p>\n{missing}\
          <div class=grid style=\"margin-top:1.5rem\">\n{cards}</div>\n\
