@@ -173,7 +173,11 @@ impl Agent {
     }
 
     pub fn await_ready(&mut self) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(30);
+        self.await_ready_within(Duration::from_secs(30))
+    }
+
+    pub fn await_ready_within(&mut self, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
         loop {
             match self.get("/healthz/ready") {
                 Ok(answer) if answer.status == 200 => return Ok(()),

@@ -70,6 +70,13 @@ impl Node {
         process::command(program, self.netns.fd(), &self.cgroup.join(part))
     }
 
+    /// A cgroup of the node beside its agent's, made if it isn't there: what runs in it is counted apart.
+    pub fn part(&self, name: &str) -> Result<PathBuf> {
+        let part = self.cgroup.join(name);
+        cgroup::create(&part)?;
+        Ok(part)
+    }
+
     /// Runs `lab-app` as the kubelet would run a probe, and returns its last line.
     pub fn app(&self, args: &[&str]) -> Result<Value> {
         run_app(self.command(requirements::lab_app()?), args)
@@ -214,6 +221,11 @@ impl Pod {
     /// A command inside the pod.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         process::command(program, self.netns.fd(), &self.cgroup)
+    }
+
+    /// A command in the pod's network, but in a [part](Node::part) of its node: a proxy beside the pod, say.
+    pub fn command_in(&self, part: &str, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        process::command(program, self.netns.fd(), &self.node.cgroup.join(part))
     }
 
     /// Waits for a command's end; its exit status is the caller's to judge.

@@ -4,6 +4,7 @@
 
 mod applications;
 mod authorization;
+mod bench;
 mod configuration;
 mod encrypted;
 mod endings;

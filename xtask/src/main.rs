@@ -1,5 +1,6 @@
 //! Development commands: setup, build, demo, test, lint. Nothing the product needs at run time.
 
+mod bench;
 mod build;
 mod demo;
 mod lint;
@@ -28,8 +29,9 @@ enum Task {
     Build(build::Build),
     /// Show it at work: two nodes, real applications, an intruder.
     Demo,
-    /// Measure speed and memory beside plain TCP, in the same lab.
-    Bench,
+    /// Measure beside plain TCP, and beside others, in the same lab: `cargo xtask bench --help`.
+    #[command(disable_help_flag = true)]
+    Bench(bench::Bench),
     /// Lint everything, then run every test.
     Test(test::Test),
     /// Formatting and clippy, for the host and for the kernel half.
@@ -41,7 +43,7 @@ fn main() -> Result<()> {
         Task::Setup => setup::run(),
         Task::Build(build) => build.run().map(|path| println!("{}", path.display())),
         Task::Demo => demo::run(),
-        Task::Bench => demo::figures(),
+        Task::Bench(bench) => bench.run(),
         Task::Test(test) => test.run(),
         Task::Lint => lint::run(),
     }

@@ -75,6 +75,13 @@ pub fn run() -> Result<()> {
     add_components()
 }
 
+/// Installs the packages of those programs that are missing: (program, package).
+pub fn packages(needs: &[(&str, &str)]) -> Result<()> {
+    let missing: Vec<&str> =
+        needs.iter().filter(|(program, _)| find(program).is_none()).map(|(_, package)| *package).collect();
+    if missing.is_empty() { Ok(()) } else { install(&missing) }
+}
+
 fn install(packages: &[&str]) -> Result<()> {
     let list = packages.join(" ");
     let rather = [&BPF_TOOLCHAIN[..], &LLVM[..]].concat().join(" ");

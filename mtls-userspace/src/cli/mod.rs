@@ -96,6 +96,13 @@ pub fn forbid_core_dumps() -> anyhow::Result<()> {
     prctl::set_dumpable(false).context("forbidding core dumps")
 }
 
+/// As many open files as the machine permits: a connection takes two, and the usual limit is 1024.
+pub fn allow_open_files() -> anyhow::Result<()> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).context("raising the limit of open files")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

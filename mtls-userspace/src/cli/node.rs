@@ -17,6 +17,7 @@ impl Node {
         let config = self.options.validate()?;
         super::log_to_stderr();
         super::forbid_core_dumps()?;
+        super::allow_open_files()?;
         tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name("control")
