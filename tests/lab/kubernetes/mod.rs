@@ -35,8 +35,7 @@ pub struct ApiServer {
     shared: Arc<Shared>,
     address: SocketAddr,
     ca: String,
-    // Last: its threads use the others.
-    _runtime: tokio::runtime::Runtime,
+    runtime: Option<tokio::runtime::Runtime>,
 }
 
 /// What connections and the test share.
@@ -82,12 +81,12 @@ impl ApiServer {
             .build()
             .context("the API server's runtime")?;
         let serving = shared.clone();
-        runtime.block_on(async {
+        {
+            let _here = runtime.enter();
             let listener = tokio::net::TcpListener::from_std(listener)?;
-            tokio::spawn(http::serve(listener, tls, serving));
-            Ok::<_, std::io::Error>(())
-        })?;
-        Ok(Self { shared, address, ca, _runtime: runtime })
+            runtime.spawn(http::serve(listener, tls, serving));
+        }
+        Ok(Self { shared, address, ca, runtime: Some(runtime) })
     }
 
     /// On this machine's loopback.
@@ -202,6 +201,15 @@ impl ApiServer {
     /// Method and path with query of every request so far that was let in.
     pub fn requests(&self) -> Vec<String> {
         lock(&self.shared.requests).clone()
+    }
+}
+
+impl Drop for ApiServer {
+    fn drop(&mut self) {
+        // Without waiting: a test may end inside a runtime of its own.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 
