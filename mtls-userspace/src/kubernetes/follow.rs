@@ -45,7 +45,9 @@ pub(crate) enum Change<K> {
 pub(crate) enum Trouble {
     #[error("the API server doesn't know {what}; their definitions (CRDs) are part of the installation")]
     Absent { what: &'static str },
-    #[error("the API server doesn't let us list and watch {what} ({message}); grant both verbs in the ClusterRole")]
+    #[error(
+        "the API server doesn't let us list and watch {what} ({message}); grant both verbs in the ClusterRole"
+    )]
     Forbidden { what: &'static str, message: String },
     #[error("{what} are not followed: {reason}")]
     Failed { what: &'static str, reason: String },
