@@ -8,9 +8,11 @@
 mod access;
 mod http;
 mod kinds;
+pub(crate) mod lab;
 mod store;
 mod watch;
 
+use std::fmt;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -201,6 +203,12 @@ impl ApiServer {
     /// Method and path with query of every request so far that was let in.
     pub fn requests(&self) -> Vec<String> {
         lock(&self.shared.requests).clone()
+    }
+}
+
+impl fmt::Debug for ApiServer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ApiServer").field("address", &self.address).finish_non_exhaustive()
     }
 }
 
