@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use crate::rendered::{Objects, charted, kustomized, parse, text_of, texts};
-use crate::{VARIANTS, needs, run};
+use crate::{VARIANTS, needs, read, run};
 
 /// Long flags that a subcommand knows.
 fn flags(subcommand: &str) -> Result<BTreeSet<String>> {
@@ -40,6 +40,95 @@ fn every_flag_in_them_exists() -> Result<()> {
         let known = flags("node")?;
         for key in config.as_object().context("no map")?.keys() {
             assert!(known.contains(key), "mtls node has no --{key}");
+        }
+    }
+    Ok(())
+}
+
+/// First cells, in backticks, of the README's table under this heading, with the rest of their rows.
+fn table<'a>(readme: &'a str, heading: &str, occurrence: usize) -> Result<Vec<(&'a str, &'a str)>> {
+    let start = format!("| {heading} |");
+    let (position, _) =
+        readme.match_indices(&start).nth(occurrence).with_context(|| format!("no table {heading}"))?;
+    let rows = readme[position..].lines().skip(2).take_while(|line| line.starts_with('|'));
+    rows.map(|row| {
+        let (name, rest) =
+            row.trim_start_matches("| `").split_once('`').with_context(|| format!("no name: {row}"))?;
+        Ok((name, rest))
+    })
+    .collect()
+}
+
+fn named<'a>(rows: &[(&'a str, &str)]) -> BTreeSet<&'a str> {
+    rows.iter().map(|(name, _)| *name).collect()
+}
+
+#[test]
+fn each_privilege_is_justified_in_a_line() -> Result<()> {
+    needs!("kubectl");
+    let readme = read("README.md")?;
+    let objects = parse(&kustomized("")?)?;
+    let agent = container(&objects, "DaemonSet/mtls-node")?;
+    let capabilities =
+        texts(agent, "/securityContext/capabilities/add")?.into_iter().collect::<BTreeSet<_>>();
+    assert_eq!(named(&table(&readme, "capability", 0)?), capabilities);
+    let spec = objects["DaemonSet/mtls-node"].pointer("/spec/template/spec").context("no spec")?;
+    let host = ["hostNetwork", "hostPID", "hostIPC"].into_iter().filter(|key| spec[*key] == true).collect();
+    assert_eq!(named(&table(&readme, "of the node", 0)?), host);
+    for (key, occurrence) in [("DaemonSet/mtls-node", 0), ("Deployment/mtls-ca", 1)] {
+        let rows = table(&readme, "mount", occurrence)?;
+        let volumes = objects[key].pointer("/spec/template/spec/volumes").and_then(Value::as_array);
+        let volumes = volumes.context("no volumes")?;
+        let names = volumes.iter().map(|volume| text_of(volume, "/name")).collect::<Result<BTreeSet<_>>>()?;
+        assert_eq!(named(&rows), names, "{key}");
+        for volume in volumes {
+            let (_, row) = rows.iter().find(|(name, _)| volume["name"] == *name).context("no row")?;
+            let place = volume.pointer("/hostPath/path").and_then(Value::as_str);
+            assert!(
+                place.map_or(row.contains("| – |"), |place| row.contains(&format!("`{place}`"))),
+                "{volume}"
+            );
+        }
+        let mounts = container(&objects, key)?["volumeMounts"].as_array().context("no mounts")?;
+        let mounted = mounts.iter().map(|mount| text_of(mount, "/name")).collect::<Result<BTreeSet<_>>>()?;
+        assert_eq!(mounted, names, "{key} mounts what it has");
+    }
+    Ok(())
+}
+
+/// By resource: the verbs of every rule that a subject's roles have, with the names they are limited to.
+fn rules(objects: &Objects, keys: &[&str]) -> Result<Vec<(String, String)>> {
+    let mut found = std::collections::BTreeMap::<String, Vec<String>>::new();
+    for key in keys {
+        for rule in objects[*key]["rules"].as_array().context("no rules")? {
+            let names =
+                rule["resourceNames"].as_array().map(|_| texts(rule, "/resourceNames")).transpose()?;
+            let names = names.map(|names| format!(" `{}`", names.join("`, `"))).unwrap_or_default();
+            for resource in texts(rule, "/resources")? {
+                let verbs = format!("{}{names}", texts(rule, "/verbs")?.join(", "));
+                found.entry(resource.to_owned()).or_default().push(verbs);
+            }
+        }
+    }
+    Ok(found.into_iter().map(|(resource, verbs)| (resource, verbs.join("; "))).collect())
+}
+
+#[test]
+fn each_verb_is_justified_in_a_line() -> Result<()> {
+    needs!("kubectl");
+    let readme = read("README.md")?;
+    let objects = parse(&kustomized("")?)?;
+    for (heading, keys) in [
+        ("the agent's API access", &["ClusterRole/mtls-node"][..]),
+        ("the authority's API access", &["ClusterRole/mtls-ca", "Role/mtls-ca"]),
+    ] {
+        let rows = table(&readme, heading, 0)?;
+        let granted = rules(&objects, keys)?;
+        assert_eq!(rows.len(), granted.len(), "{heading}: {granted:?}");
+        for (resource, verbs) in granted {
+            let (_, row) =
+                rows.iter().find(|(name, _)| *name == resource).with_context(|| format!("no {resource}"))?;
+            assert!(row.contains(&format!("| {verbs} |")), "{resource} has {verbs}: {row}");
         }
     }
     Ok(())
