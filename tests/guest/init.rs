@@ -11,6 +11,8 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::wait::{WaitStatus, wait};
 use nix::unistd::Pid;
 
+use crate::modules;
+
 /// Where `cargo xtask vm` puts what to run, its words separated by NUL.
 const COMMAND: &str = "/guest/command";
 
@@ -43,6 +45,8 @@ fn prepare() -> Result<()> {
         mount(Some(kind), path, Some(kind), MsFlags::empty(), None::<&str>)
             .with_context(|| format!("mount {kind} on {path}"))?;
     }
+    // A distribution's kernel has it from the start; where it is a module, nothing asks for it.
+    modules::probe(["ipv6".to_owned()].into_iter())?;
     let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().context("run ip")?;
     if !up.success() {
         bail!("no loopback interface");

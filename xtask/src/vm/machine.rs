@@ -2,6 +2,8 @@
 //!
 //! The verdict is a line that process 1 of [`Initramfs`](super::initramfs) writes before it turns the machine off.
 
+use std::env;
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -14,6 +16,7 @@ use anyhow::{Context, Result, bail};
 
 use super::dir;
 use super::kernel::Image;
+use crate::call;
 
 const VERDICT: &str = "guest: exit ";
 const MEMORY: &str = "1024M";
@@ -21,7 +24,7 @@ const MEMORY: &str = "1024M";
 /// Boots, prints the console, and returns the exit status of what ran in the machine.
 pub fn boot(image: &Image, initramfs: &Path, limit: Duration) -> Result<i32> {
     let mut machine =
-        Machine::start(if image.is_program { uml(image, initramfs) } else { qemu(image, initramfs) })?;
+        Machine::start(if image.is_program { uml(image, initramfs)? } else { qemu(image, initramfs) })?;
     let mut verdict = None;
     machine.lines(limit, |line| match line.strip_prefix(VERDICT) {
         Some(status) => verdict = status.parse().ok(),
@@ -53,12 +56,20 @@ fn qemu(image: &Image, initramfs: &Path) -> Command {
     command
 }
 
-fn uml(image: &Image, initramfs: &Path) -> Command {
+fn uml(image: &Image, initramfs: &Path) -> Result<Command> {
+    let registers = dir().join("registers.so");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/uml/registers.rs");
+    let mut compiler = Command::new(env::var_os("RUSTC").unwrap_or("rustc".into()));
+    compiler.args(["--edition", "2024", "--crate-type", "cdylib", "-O", "-C", "panic=abort", "-o"]);
+    call(compiler.arg(&registers).arg(source))?;
     let mut command = Command::new(&image.path);
     command.arg(format!("mem={MEMORY}")).arg(format!("initrd={}", initramfs.display()));
     command.args(["con0=null,fd:1", "con=null", "rdinit=/init", "loglevel=1", "panic=-1"]);
     command.arg(format!("uml_dir={}", dir().join("uml").display()));
-    command
+    command.env("LD_PRELOAD", registers);
+    // What it tells of the host before it has a console.
+    command.stderr(File::create(dir().join("uml.log")).context("make uml.log")?);
+    Ok(command)
 }
 
 /// A process group, ended on drop.

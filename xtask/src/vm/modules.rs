@@ -16,8 +16,9 @@ pub struct Module {
 }
 
 /// What the lab or a capability of the product may ask for; a kernel that has one built in has no module for it.
-const WANTED: [&str; 24] = [
+const WANTED: [&str; 25] = [
     // The lab's network, and packets seen on it.
+    "ipv6",
     "veth",
     "bridge",
     "af_packet",
