@@ -20,6 +20,7 @@ mod node;
 mod pin;
 mod pod;
 mod preflight;
+pub mod probe;
 mod sys;
 
 use std::net::{IpAddr, TcpListener};
