@@ -158,15 +158,21 @@ impl Chosen {
 /// For a log line: what is used; what is not, and why.
 impl fmt::Display for Chosen {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let used: Vec<_> =
-            self.0.iter().filter(|(_, it)| it.is_ok()).map(|(choice, _)| choice.name()).collect();
-        let unused = self
-            .0
-            .iter()
-            .filter_map(|(choice, it)| Some(format!("{} ({})", choice.name(), it.as_ref().err()?)));
-        let unused: Vec<_> = unused.collect();
+        let mut used = Vec::new();
+        let mut unused: Vec<(&str, Vec<&str>)> = Vec::new();
+        for (choice, outcome) in &self.0 {
+            match outcome {
+                Ok(()) => used.push(choice.name()),
+                Err(reason) => match unused.iter_mut().find(|(known, _)| **known == **reason) {
+                    Some((_, names)) => names.push(choice.name()),
+                    None => unused.push((reason, vec![choice.name()])),
+                },
+            }
+        }
         write!(f, "uses {}", if used.is_empty() { "none".into() } else { used.join(", ") })?;
-        if unused.is_empty() { Ok(()) } else { write!(f, "; does without {}", unused.join(", ")) }
+        unused
+            .iter()
+            .try_for_each(|(reason, names)| write!(f, "; does without {}: {reason}", names.join(", ")))
     }
 }
 
@@ -184,11 +190,11 @@ mod tests {
         let chosen = Chosen::decide(found(), &[]).unwrap();
         assert!(chosen.uses(Choice::Splice) && !chosen.uses(Choice::TcpRtoMax));
         assert!(!chosen.uses(Choice::KtlsAes128Gcm), "nobody answered");
-        assert!(chosen.to_string().contains("tcp-rto-max (ENOPROTOOPT)"), "{chosen}");
+        assert!(chosen.to_string().contains("does without tcp-rto-max: ENOPROTOOPT"), "{chosen}");
         let off = "splice=off".parse().unwrap();
         let chosen = Chosen::decide(found(), &[off]).unwrap();
         assert!(!chosen.uses(Choice::Splice));
-        assert!(chosen.to_string().contains("splice (switched off)"), "{chosen}");
+        assert!(chosen.to_string().contains("does without splice: switched off"), "{chosen}");
     }
 
     #[test]

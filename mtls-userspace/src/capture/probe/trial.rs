@@ -59,11 +59,9 @@ pub(super) fn run(scratch: &Scratch, report: &mut Report) {
         report.put(connect, outcome.map(|(seen, _)| seen));
         report.put(peer, shown.and_then(|shown| trial.delivered(own).map(|seen| format!("{shown}; {seen}"))));
     }
-    report.put(Part::LoopbackCongestion, trial.congestion());
     let refused = trial.strict();
     report.put(Part::RingBuffer, refused.as_ref().map(|_| "a refusal was reported").map_err(Clone::clone));
     report.put(Part::SkLookup, refused);
-    report.put(Part::SocketDestroy, trial.destroy());
     if report.passed() {
         // Each has been used on the way here.
         report.put(Part::LpmTrie, Ok::<_, Obstacle>("a prefix was matched"));
@@ -72,6 +70,9 @@ pub(super) fn run(scratch: &Scratch, report: &mut Report) {
         report.put(Part::SockHash, Ok::<_, Obstacle>("a connection was handed to a listener"));
         report.put(Part::SockOps, Ok::<_, Obstacle>("original addresses were published"));
     }
+    // The agent does without these two.
+    report.put(Part::LoopbackCongestion, trial.congestion());
+    report.put(Part::SocketDestroy, trial.destroy());
     report.put(Part::Adoption, trial.adopt());
 }
 
@@ -267,5 +268,6 @@ fn config(scratch: &Scratch, congestion: &str) -> Config {
         bpffs: scratch.bpffs.join("whole"),
         workers: 1,
         congestion: Some(congestion.into()),
+        destroy: true,
     }
 }
