@@ -55,7 +55,7 @@ fn handshake_failure(failure: tunnel::HandshakeFailure) -> HandshakeFailure {
 /// What the client's agent is told.
 pub fn rejection(refusal: &Refusal) -> Rejection {
     let reason = match refusal {
-        Refusal::Denied(_) | Refusal::ForgedSource => RejectReason::Denied,
+        Refusal::Denied(_) | Refusal::ForgedSource | Refusal::Stale => RejectReason::Denied,
         Refusal::ConnectRefused => RejectReason::ConnectionRefused,
         Refusal::ConnectTimeout => RejectReason::TimedOut,
         Refusal::Overloaded => RejectReason::Unavailable,
