@@ -3,19 +3,28 @@
 //! A pod that can't be enrolled stays fenced by whatever kernel state it already has, is reported by name with the
 //! reason, and is tried again; it is never let out in plaintext because of a mistake here.
 
+mod places;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
-use crate::capture::{self, Capture, Enrolled};
+use crate::capture::{self, Capture, Enrolled, Examined};
+use crate::cni::{Admissions, Admitted, Standing};
+use crate::identity::Identities;
+use crate::locate::{self, Locator, NetnsId, Place};
 use crate::mesh::{Mesh, Workload};
 use crate::observe::{Enrolment as State, PodRow};
 use crate::policy::{Mode, PortModes};
 use crate::worker::{Command, Handle, LocalPods, Pod};
+use places::Places;
+
+/// Between looks at the kernel state of every pod.
+const VERIFY_EVERY: Duration = Duration::from_secs(10);
 
 /// Keeps kernel and data threads in step with the mesh.
 pub struct Enrolment {
@@ -25,7 +34,17 @@ pub struct Enrolment {
     local: Arc<LocalPods>,
     /// Empty: capture exactly the addresses in the mesh.
     prefixes: Vec<IpNet>,
+    places: Places,
+    admissions: Arc<Admissions>,
     pods: HashMap<String, Kept>,
+    /// Pods that are to be enrolled, with the moment they became so after this agent had seen them without: none for
+    /// those that it only knows so.
+    asked: HashMap<String, Option<Instant>>,
+    /// Pods of this node that take no part.
+    plain: HashSet<String>,
+    /// What does not hold of all that protects a pod; none for a pod in good order.
+    faults: HashMap<String, Vec<String>>,
+    verified: Option<Instant>,
     /// Pods that could not be enrolled, with the reason.
     failed: BTreeMap<String, String>,
     /// Pinned state of pods that went away while no agent ran is dropped once, after the first complete round.
@@ -37,10 +56,9 @@ struct Kept {
     pod: Arc<Pod>,
     modes: PortModes,
     namespace: NetnsId,
+    /// How long the pod ran before it was fenced, if it did.
+    unfenced: Option<Duration>,
 }
-
-/// Device and inode of a network namespace: a path may come to mean another one when a pod is made anew.
-type NetnsId = (u64, u64);
 
 impl Enrolment {
     pub fn new(
@@ -49,9 +67,17 @@ impl Enrolment {
         workers: Vec<Handle>,
         local: Arc<LocalPods>,
         prefixes: Vec<IpNet>,
+        locator: Locator,
+        admissions: Arc<Admissions>,
     ) -> Self {
         Self {
             node,
+            places: Places::new(locator),
+            admissions,
+            asked: HashMap::new(),
+            plain: HashSet::new(),
+            faults: HashMap::new(),
+            verified: None,
             capture,
             workers,
             local,
@@ -82,16 +108,29 @@ impl Enrolment {
                     None if self.pods.contains_key(&key) => State::Enrolled,
                     None => State::Pending,
                 },
+                faults: self.faults.get(&key).filter(|_| self.pods.contains_key(&key)).cloned(),
+                unfenced_seconds: self
+                    .pods
+                    .get(&key)
+                    .and_then(|kept| kept.unfenced)
+                    .map(|gap| gap.as_secs_f64()),
             }
         };
-        mesh.enrolled_on(&self.node).map(row).collect()
+        let here = mesh.workloads_and_starting().filter(|it| it.node.as_deref() == Some(&self.node));
+        here.filter(|workload| workload.enrolled).map(row).collect()
     }
 
     /// Brings kernel and data threads in step with a snapshot. Errors end up in [`Self::failed`].
     pub async fn reconcile(&mut self, mesh: &Mesh) {
         self.failed.clear();
-        let wanted: HashMap<String, Arc<Workload>> =
-            mesh.enrolled_on(&self.node).map(|workload| (workload.key(), workload.clone())).collect();
+        let admitted = self.admissions.admitted();
+        let wanted = self.wanted(mesh, &admitted);
+        let pods = &self.pods;
+        let known = |key: &str| pods.get(key).map(|kept| kept.namespace);
+        if let Err(error) = self.places.refresh(mesh, &self.node, &admitted, known) {
+            tracing::error!(%error, "pods cannot be found");
+            self.failed.insert("pods".into(), error.to_string());
+        }
         self.fence(mesh);
         let gone: Vec<String> = self.pods.keys().filter(|key| !wanted.contains_key(*key)).cloned().collect();
         for key in gone {
@@ -99,7 +138,7 @@ impl Enrolment {
         }
         for (key, workload) in &wanted {
             let modes = mesh.policies.modes(workload);
-            if let Err(error) = self.follow(key, workload, modes).await {
+            if let Err(error) = self.follow(key, workload, admitted.get(key), modes).await {
                 tracing::error!(pod = key, %error, "pod is not enrolled");
                 self.failed.insert(key.clone(), error.to_string());
             }
@@ -108,6 +147,35 @@ impl Enrolment {
         if !self.swept && self.failed.is_empty() {
             self.sweep();
         }
+    }
+
+    /// Pods to enrol, by key. One that is starting has the addresses that its network was made with.
+    fn wanted(
+        &mut self,
+        mesh: &Mesh,
+        admitted: &HashMap<String, Admitted>,
+    ) -> HashMap<String, Arc<Workload>> {
+        let at_the_door = |workload: &Arc<Workload>| {
+            let known = admitted.get(&workload.key()).filter(|known| known.workload.uid == workload.uid);
+            match known.map(|known| &known.addresses).filter(|addresses| !addresses.is_empty()) {
+                Some(addresses) if *addresses != workload.addresses => {
+                    Arc::new(Workload { addresses: addresses.clone(), ..(**workload).clone() })
+                }
+                _ => workload.clone(),
+            }
+        };
+        let here = mesh.workloads_and_starting().filter(|it| it.node.as_deref() == Some(&self.node));
+        let (enrolled, plain): (Vec<_>, Vec<_>) = here.partition(|workload| workload.enrolled);
+        let enrolled =
+            enrolled.into_iter().map(at_the_door).filter(|workload| !workload.addresses.is_empty());
+        let wanted: HashMap<_, _> = enrolled.map(|workload| (workload.key(), workload)).collect();
+        self.asked.retain(|key, _| wanted.contains_key(key));
+        for key in wanted.keys().filter(|key| !self.asked.contains_key(*key)).cloned().collect::<Vec<_>>() {
+            let was_plain = self.plain.contains(&key);
+            self.asked.insert(key, was_plain.then(Instant::now));
+        }
+        self.plain = plain.into_iter().map(|workload| workload.key()).collect();
+        wanted
     }
 
     /// What holds for the whole node: captured addresses, and whose processes are never trusted as kubelet is.
@@ -127,8 +195,9 @@ impl Enrolment {
                 let beside = cgroup.parent().filter(|parent| *parent != self.capture.cgroup_root());
                 [Some(cgroup), beside].into_iter().flatten()
             })
-            .filter(|path| path.exists())
             .map(PathBuf::from)
+            .chain(self.places.cgroups())
+            .filter(|path| path.exists())
             .collect();
         let cgroups: Vec<PathBuf> = cgroups.into_iter().collect();
         for (what, result) in [
@@ -142,15 +211,23 @@ impl Enrolment {
         }
     }
 
-    async fn follow(&mut self, key: &str, workload: &Arc<Workload>, modes: PortModes) -> Result<(), Error> {
-        let netns = workload.netns.as_deref().ok_or(Error::NoNetns)?;
-        let namespace = netns_id(netns)?;
+    async fn follow(
+        &mut self,
+        key: &str,
+        workload: &Arc<Workload>,
+        admitted: Option<&Admitted>,
+        modes: PortModes,
+    ) -> Result<(), Error> {
+        // Nothing of it runs here: not yet, or no longer. What was fenced stays so.
+        let Some(place) = self.places.of(workload, admitted)? else { return Ok(()) };
         if let Some(kept) = self.pods.get_mut(key) {
             let before = kept.pod.workload.load();
-            if kept.namespace == namespace
-                && before.addresses == workload.addresses
-                && before.cgroup == workload.cgroup
-            {
+            if kept.namespace == place.id && before.addresses == workload.addresses {
+                if kept.pod.place.load().cgroup != place.cgroup {
+                    self.capture.set_cgroup(&kept.pod.socket, place.cgroup.as_deref())?;
+                    self.faults.remove(key);
+                }
+                kept.pod.place.store(Arc::new(place));
                 if kept.modes != modes {
                     self.capture.set_modes(&kept.pod.socket, &modes)?;
                     // Plaintext that was accepted unjudged comes back through the agent.
@@ -159,46 +236,135 @@ impl Enrolment {
                     let reset = kept.pod.socket.reset_plaintext(&resets)?;
                     tracing::info!(pod = key, %modes, reset, "modes changed; open plaintext connections reset");
                     kept.modes = modes;
+                    self.faults.remove(key);
                 }
                 kept.pod.workload.store(workload.clone());
                 return Ok(());
             }
         }
-        self.enrol(key, workload, netns, namespace, modes).await
+        self.enrol(key, workload, place, modes).await
     }
 
     async fn enrol(
         &mut self,
         key: &str,
         workload: &Arc<Workload>,
-        netns: &Path,
-        namespace: NetnsId,
+        place: Place,
         modes: PortModes,
     ) -> Result<(), Error> {
-        if let Some(cgroup) = workload.cgroup.as_deref().filter(|path| !path.is_dir()) {
-            return Err(Error::NoCgroup { path: cgroup.into() });
-        }
+        let netns = place.exact();
         let enrolment = capture::Enrolment {
             name: key,
-            netns,
-            cgroup: workload.cgroup.as_deref(),
+            netns: &netns,
+            cgroup: place.cgroup.as_deref(),
             addresses: &workload.addresses,
             modes: &modes,
         };
-        let Enrolled { pod, listeners } = tokio::task::block_in_place(|| self.capture.enrol(&enrolment))?;
-        // An earlier agent may have left a laxer mode behind, and connections with it.
-        pod.reset_plaintext(&|port| modes.of(port) == Mode::Strict)?;
-        let pod = Arc::new(Pod { socket: pod, workload: ArcSwap::new(workload.clone()) });
+        let enrolled = tokio::task::block_in_place(|| self.capture.enrol(&enrolment))?;
+        let Enrolled { pod, listeners, was_fenced } = enrolled;
+        let asked = self.asked.get(key).copied().flatten();
+        // An earlier agent may have left a laxer mode behind, and connections with it. A pod that took no part so far
+        // keeps those that it has.
+        if asked.is_none() || was_fenced {
+            pod.reset_plaintext(&|port| modes.of(port) == Mode::Strict)?;
+        }
+        let unfenced = if was_fenced { None } else { asked.map(|asked| asked.elapsed()).or(place.age) };
+        let namespace = place.id;
+        let pod = Arc::new(Pod {
+            socket: pod,
+            workload: ArcSwap::new(workload.clone()),
+            place: ArcSwap::from_pointee(place),
+        });
         for (worker, listeners) in self.workers.iter().zip(listeners) {
             worker.tell(Command::Serve { pod: pod.clone(), listeners }).await;
         }
         tracing::info!(pod = key, %modes, "pod enrolled");
-        let before = self.pods.insert(key.into(), Kept { pod, modes, namespace });
+        let before = self.pods.remove(key);
+        let unfenced = match &before {
+            Some(before) if before.namespace == namespace => before.unfenced,
+            _ => unfenced.filter(|gap| !gap.is_zero()),
+        };
+        if let Some(gap) = unfenced.filter(|_| before.is_none()) {
+            tracing::warn!(
+                pod = key,
+                seconds = gap.as_secs_f64(),
+                "the pod ran before it was fenced: until then it could send and get plaintext"
+            );
+        }
+        self.faults.remove(key);
+        self.pods.insert(key.into(), Kept { pod, modes, namespace, unfenced });
         // Enrolled anew with other addresses it was fenced all the time; another namespace leaves the old one behind.
         if let Some(old) = before.filter(|old| old.namespace != namespace) {
             self.let_go(key, &old.pod);
         }
         Ok(())
+    }
+
+    /// Looks in the kernel whether everything is in force that protects the pods: at once for those that changed, now
+    /// and then for all. Then says so to those who wait at the door.
+    pub fn verify(&mut self, identities: &Identities) {
+        self.faults.retain(|key, _| self.pods.contains_key(key));
+        let all = self.verified.is_none_or(|verified| verified.elapsed() >= VERIFY_EVERY);
+        let known = self.faults.clone();
+        if all {
+            self.verified = Some(Instant::now());
+            self.faults.clear();
+        }
+        let looked_at: Vec<(&String, &Kept, Arc<Workload>, Arc<Place>)> = self
+            .pods
+            .iter()
+            .filter(|(key, _)| self.faults.get(*key).is_none_or(|faults| !faults.is_empty()))
+            .map(|(key, kept)| (key, kept, kept.pod.workload.load_full(), kept.pod.place.load_full()))
+            .collect();
+        let examined: Vec<Examined<'_>> = looked_at
+            .iter()
+            .map(|(_, kept, workload, place)| Examined {
+                pod: &kept.pod.socket,
+                place: capture::Place { netns: Some(&place.netns), cgroup: place.cgroup.as_deref() },
+                addresses: &workload.addresses,
+                modes: &kept.modes,
+            })
+            .collect();
+        let facts = tokio::task::block_in_place(|| self.capture.examine_pods(&examined));
+        let faults: Vec<(String, Vec<String>)> = looked_at
+            .iter()
+            .zip(facts)
+            .map(|((key, _, _, _), facts)| {
+                let broken = facts.into_iter().filter(|fact| !fact.holds);
+                ((*key).clone(), broken.map(|fact| format!("{}: {}", fact.name, fact.found)).collect())
+            })
+            .collect();
+        for (key, faults) in faults {
+            if !faults.is_empty() && known.get(&key) != Some(&faults) {
+                tracing::error!(
+                    pod = key,
+                    faults = faults.join("; "),
+                    "the pod's kernel state is not what it should be"
+                );
+            }
+            self.faults.insert(key, faults);
+        }
+        self.admissions.tell(|admitted| self.standing(admitted, identities));
+    }
+
+    fn standing(&self, admitted: &Admitted, identities: &Identities) -> Standing {
+        let key = admitted.workload.key();
+        let identity = &admitted.workload.identity;
+        if let Some(reason) = self.failed.get(&key).or_else(|| self.failed.get("pods")) {
+            return Standing::Waiting(reason.clone());
+        }
+        let kept = self.pods.get(&key).filter(|kept| kept.namespace == admitted.place.id);
+        match (kept, self.faults.get(&key)) {
+            (None, _) | (_, None) => Standing::Waiting("the agent is enrolling it".into()),
+            (_, Some(faults)) if !faults.is_empty() => Standing::Waiting(faults.join("; ")),
+            _ if identities.current(identity).is_none() => {
+                let status = identities.status().into_iter().find(|status| status.id == *identity);
+                let why = status.and_then(|status| status.last_error);
+                let why = why.unwrap_or_else(|| "the certificate authority has not answered yet".into());
+                Standing::Waiting(format!("no certificate for {identity}: {why}"))
+            }
+            _ => Standing::Protected,
+        }
     }
 
     async fn release(&mut self, key: &str) {
@@ -232,18 +398,15 @@ impl Enrolment {
     }
 }
 
-fn netns_id(path: &Path) -> Result<NetnsId, Error> {
-    let metadata = std::fs::metadata(path).map_err(|source| Error::Netns { path: path.into(), source })?;
-    Ok((metadata.dev(), metadata.ino()))
-}
-
 /// Why a pod is not enrolled.
 #[derive(Debug, thiserror::Error)]
 enum Error {
-    #[error("the manifest names no network namespace: add the annotation mtls.dev/netns")]
-    NoNetns,
-    #[error("network namespace {path} (annotation mtls.dev/netns): {source}")]
-    Netns { path: PathBuf, source: std::io::Error },
+    #[error(
+        "the pod has neither a UID, by which it could be found, nor the annotation mtls.dev/netns, which says where it is"
+    )]
+    NoPlace,
+    #[error(transparent)]
+    Locate(#[from] locate::Error),
     #[error("cgroup {path} (annotation mtls.dev/cgroup) is not a directory")]
     NoCgroup { path: PathBuf },
     #[error(transparent)]

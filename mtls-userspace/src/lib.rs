@@ -10,6 +10,8 @@
 //!
 //! | room | takes → gives |
 //! |---|---|
+//! | [`locate`] | a pod's UID → its network namespace and cgroup on this node |
+//! | [`cni`] | a container runtime's call → the pod starts, protected, or not at all |
 //! | [`capture`] | pods → captured streams; the only room that speaks to the kernel half |
 //! | [`mesh`] | manifests → an immutable [`mesh::Mesh`] snapshot |
 //! | [`identity`] | SPIFFE ID → current certificate, key and trust bundle |
@@ -24,17 +26,21 @@
 //! [`explain`] says what the walk would do to a connection without making one.
 
 pub mod addr;
+pub mod agent_socket;
 pub mod bench;
 pub mod ca;
 pub mod capture;
 pub mod cli;
+pub mod cni;
 pub mod config;
 pub mod connection;
+pub mod door;
 pub mod drain;
 pub mod enrolment;
 pub mod explain;
 pub mod identity;
 pub mod inspect;
+pub mod locate;
 pub mod mesh;
 pub mod node;
 pub mod observe;

@@ -12,12 +12,15 @@ use arc_swap::ArcSwap;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::capture::{self, Capture};
+use crate::cni::{Admissions, Installation};
 use crate::config::Config;
+use crate::door::Door;
 use crate::drain::Drain;
 use crate::enrolment::Enrolment;
 use crate::explain;
 use crate::identity::{self, Identities};
 use crate::inspect::Inspection;
+use crate::locate::Locator;
 use crate::mesh::{self, Mesh};
 use crate::observe::{self, Admin, IdentityRow, MeshRow, Observer, Plaintext, PodRow, Readiness};
 use crate::plaintext;
@@ -35,6 +38,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let source = mesh::Source::directory(config.manifests.clone(), settings).context("manifests")?;
     // Before the kernel half: an agent that cannot stay must not replace the programs of the one that runs.
     let admin = Admin::bind(Some(config.admin), Some(&config.admin_socket)).await.context("admin API")?;
+    let (callers, _agent_socket) = observe::bind_socket(&config.agent_socket).context("agent socket")?;
     let capture = Arc::new(
         Capture::start(capture::Config {
             cgroup_root: config.cgroup_root.clone(),
@@ -88,12 +92,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             worker::start(index, Arc::new(worker), working).context("data thread")
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
+    let admissions = Arc::new(Admissions::default());
     let enrolment = Enrolment::new(
         config.node.clone(),
         capture.clone(),
         workers,
         local.clone(),
         config.mesh_prefixes.clone(),
+        Locator::new(&config.proc, capture.cgroup_root()),
+        admissions.clone(),
     );
 
     let (stop, stopping) = tokio::sync::watch::channel(false);
@@ -122,8 +129,17 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         tokio::spawn(watch_kernel(events, source.clone(), observer.clone(), inbox, watch.clone()));
     }
     tokio::spawn(watch.run(stopped()));
-    let control =
-        Control { config: config.clone(), source, identities, enrolment, observer: observer.clone(), pods };
+    tokio::spawn(Door { admissions: admissions.clone(), mesh: source.clone() }.serve(callers));
+    let _installation = config.cni.clone().map(Installation::begin).transpose().context("CNI plugin")?;
+    let control = Control {
+        config: config.clone(),
+        source,
+        identities,
+        enrolment,
+        admissions,
+        observer: observer.clone(),
+        pods,
+    };
     tokio::spawn(control.run(readiness));
 
     tracing::info!(node = %config.node, workers = config.workers, "agent runs");
@@ -150,6 +166,7 @@ struct Control {
     source: mesh::Source,
     identities: Arc<Identities>,
     enrolment: Enrolment,
+    admissions: Arc<Admissions>,
     observer: Observer,
     /// What the admin API shows of this node's pods.
     pods: Arc<ArcSwap<Vec<PodRow>>>,
@@ -161,14 +178,16 @@ impl Control {
         let identities_ready = readiness.condition("identities");
         let mut mesh_changes = self.source.subscribe();
         let mut identity_changes = self.identities.subscribe();
+        let mut arrivals = self.admissions.subscribe();
         loop {
+            arrivals.mark_unchanged();
             mesh_changes.mark_unchanged();
             identity_changes.mark_unchanged();
             let mesh = self.source.current();
-            let wanted: HashSet<_> =
-                mesh.enrolled_on(&self.config.node).map(|workload| workload.identity.clone()).collect();
+            let wanted: HashSet<_> = mesh.identities_on(&self.config.node).cloned().collect();
             self.identities.want(wanted.clone());
             self.enrolment.reconcile(&mesh).await;
+            self.enrolment.verify(&self.identities);
             self.observer.revoke(&|flow| refused_now(&mesh, flow));
             self.pods.store(Arc::new(self.enrolment.rows(&mesh)));
 
@@ -189,6 +208,7 @@ impl Control {
             tokio::select! {
                 changed = mesh_changes.changed() => if changed.is_err() { return },
                 changed = identity_changes.changed() => if changed.is_err() { return },
+                changed = arrivals.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep(again) => {}
             }
         }

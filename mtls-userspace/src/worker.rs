@@ -21,6 +21,7 @@ use crate::config::SameNode;
 use crate::connection;
 use crate::drain::Working;
 use crate::identity::Identities;
+use crate::locate::Place;
 use crate::mesh::{self, Workload};
 use crate::observe::{Direction, Observer};
 use crate::plaintext;
@@ -48,6 +49,8 @@ pub struct Pod {
     pub socket: Arc<LocalPod>,
     /// Replaced when the pod's manifest changes.
     pub workload: ArcSwap<Workload>,
+    /// Where it lives: replaced when the process that showed it is gone.
+    pub place: ArcSwap<Place>,
 }
 
 /// The enrolled pods of this node by address; replaced whole, read without a lock.

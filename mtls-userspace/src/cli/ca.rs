@@ -139,7 +139,7 @@ impl Ca {
             Settings { trust_domain: self.trust_domain.clone(), root_namespace: "istio-system".into() };
         let source = Source::directory(self.manifests.clone(), settings)?;
         Ok(move |node: &str, identity: &SpiffeId| {
-            source.current().enrolled_on(node).any(|workload| workload.identity == *identity)
+            source.current().identities_on(node).any(|known| known == identity)
         })
     }
 

@@ -8,6 +8,7 @@ mod agent;
 pub mod bench;
 pub mod ca;
 pub mod certs;
+pub mod cni;
 pub mod connections;
 pub mod node;
 mod policies;

@@ -46,12 +46,15 @@ pub struct Settings {
 pub struct Workload {
     pub namespace: Arc<str>,
     pub name: Arc<str>,
+    /// What kubelet names the pod's cgroup after: `metadata.uid`, or of a static pod the digest of its manifest.
+    pub uid: Option<Arc<str>>,
     pub service_account: Arc<str>,
     /// `app` (or `app.kubernetes.io/name`) label, else the pod's name: Istio's `*_canonical_service`/`*_app`.
     pub app: Arc<str>,
     /// Node the pod runs on (`spec.nodeName`).
     pub node: Option<Arc<str>>,
-    /// All pod IPs, canonical, in manifest order; never empty. Of a pod on the host network: the node's.
+    /// All pod IPs, canonical, in manifest order; empty only while the pod is [starting](Mesh::starting). Of a pod on the
+    /// host network: the node's.
     pub addresses: Vec<IpAddr>,
     pub labels: BTreeMap<String, String>,
     /// `istio.io/dataplane-mode` says so and the pod is not on the host network.
@@ -89,6 +92,8 @@ pub struct Mesh {
     /// Rises with every accepted change.
     pub generation: u64,
     pub workloads: Vec<Arc<Workload>>,
+    /// Pods that have a node but no address yet.
+    starting: Vec<Arc<Workload>>,
     pub policies: Policies,
     by_address: HashMap<IpAddr, Arc<Workload>>,
     services: Services,
@@ -110,6 +115,7 @@ impl Mesh {
             .flat_map(|pod| pod.workload.addresses.iter().map(|address| (*address, pod.workload.clone())))
             .collect();
         let services = Services::new(objects, &pods, &by_address, &mut warnings)?;
+        let starting = pod::starting_pods(objects, settings)?;
         let workloads: Vec<Arc<Workload>> = pods.into_iter().map(|pod| pod.workload).collect();
         let policies = Policies::new(
             objects.peer_authentications.iter().map(|placed| &placed.object),
@@ -117,7 +123,7 @@ impl Mesh {
             &workloads,
             &settings.root_namespace,
         );
-        Ok(Self { generation, workloads, policies, by_address, services, warnings })
+        Ok(Self { generation, workloads, starting, policies, by_address, services, warnings })
     }
 
     /// The workload that owns an address, enrolled or not. Pods on the host network own none: the node's address
@@ -190,6 +196,22 @@ impl Mesh {
     /// Enrolled workloads on a node.
     pub fn enrolled_on<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Arc<Workload>> {
         self.workloads.iter().filter(move |w| w.enrolled && w.node.as_deref() == Some(node))
+    }
+
+    /// Pods on a node that have no address yet, enrolled or not. Nobody can dial them.
+    pub fn starting<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Arc<Workload>> {
+        self.starting.iter().filter(move |w| w.node.as_deref() == Some(node))
+    }
+
+    /// Every pod that has an address or a node.
+    pub fn workloads_and_starting(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.iter().chain(&self.starting)
+    }
+
+    /// Identities of enrolled pods on a node, of those too that are still starting.
+    pub fn identities_on<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a SpiffeId> {
+        let starting = self.starting(node).filter(|workload| workload.enrolled);
+        self.enrolled_on(node).chain(starting).map(|workload| &workload.identity)
     }
 
     /// What in the objects is not honoured as written. Policies have their own: [`Policies::warnings`].

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 
 use super::error::{Error, InvalidAddress};
@@ -16,6 +17,9 @@ use crate::identity::SpiffeId;
 
 /// Namespace and pod label that enrols: `ambient`. On a pod, `none` opts out.
 const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
+/// Of the API's image of a static pod: the UID that kubelet gave the pod itself.
+const STATIC_UID: &str = "kubernetes.io/config.hash";
+const STATIC: &str = "kubernetes.io/config.mirror";
 const NETNS: &str = "mtls.dev/netns";
 const CGROUP: &str = "mtls.dev/cgroup";
 
@@ -32,14 +36,7 @@ pub(super) fn live_pods<'a>(
     settings: &Settings,
     warnings: &mut Vec<Warning>,
 ) -> Result<Vec<LivePod<'a>>, Error> {
-    let enrolling: HashSet<&str> = objects
-        .namespaces
-        .iter()
-        .map(|placed| &placed.object.metadata)
-        .filter(|m| m.labels.as_ref().and_then(|l| l.get(DATAPLANE_MODE)).is_some_and(|v| v == "ambient"))
-        .filter_map(|metadata| metadata.name.as_deref())
-        .collect();
-
+    let enrolling = enrolling(objects);
     let mut candidates = Vec::new();
     for placed in objects.pods.iter().filter(|placed| !is_finished(&placed.object)) {
         let addresses = addresses(placed)?;
@@ -57,6 +54,32 @@ pub(super) fn live_pods<'a>(
             let workload = Arc::new(workload(placed, addresses, enrolled_namespace, settings)?);
             Ok(LivePod { workload, pod: &placed.object, host_network: host_network(&placed.object) })
         })
+        .collect()
+}
+
+/// Pods that are bound to a node and have no address yet.
+pub(super) fn starting_pods(objects: &Objects, settings: &Settings) -> Result<Vec<Arc<Workload>>, Error> {
+    let enrolling = enrolling(objects);
+    let mut starting = Vec::new();
+    for placed in objects.pods.iter().filter(|placed| !is_finished(&placed.object)) {
+        let addresses = addresses(placed)?;
+        if addresses.is_empty() {
+            let enrolled_namespace = enrolling.contains(namespace(&placed.object.metadata));
+            let workload = workload(placed, addresses, enrolled_namespace, settings)?;
+            starting.extend(workload.node.is_some().then(|| Arc::new(workload)));
+        }
+    }
+    Ok(starting)
+}
+
+/// Names of the namespaces whose label enrols their pods.
+fn enrolling(objects: &Objects) -> HashSet<&str> {
+    objects
+        .namespaces
+        .iter()
+        .map(|placed| &placed.object.metadata)
+        .filter(|m| m.labels.as_ref().and_then(|l| l.get(DATAPLANE_MODE)).is_some_and(|v| v == "ambient"))
+        .filter_map(|metadata| metadata.name.as_deref())
         .collect()
 }
 
@@ -176,6 +199,7 @@ fn workload(
         service_account: identity.service_account().clone(),
         app: app.map_or_else(|| name.clone(), |app| app.as_str().into()),
         name,
+        uid: uid(metadata).map(Arc::from),
         node: named(spec.and_then(|s| s.node_name.as_ref())).map(Arc::from),
         addresses,
         labels,
@@ -185,6 +209,12 @@ fn workload(
         netns: path(placed, NETNS)?,
         cgroup: path(placed, CGROUP)?,
     })
+}
+
+fn uid(metadata: &ObjectMeta) -> Option<&str> {
+    let annotation = |name| metadata.annotations.as_ref().and_then(|annotations| annotations.get(name));
+    let of_static_pod = annotation(STATIC).and_then(|_| named(annotation(STATIC_UID)));
+    of_static_pod.or_else(|| named(metadata.uid.as_ref()))
 }
 
 fn named(name: Option<&String>) -> Option<&str> {

@@ -60,6 +60,7 @@ pub use inspection::{
 };
 pub use metrics::Plaintext;
 pub use readiness::{Condition, Readiness};
+pub use socket::{SocketFile, bind as bind_socket};
 pub use status::{
     AgentRow, ConnectionRow, ConnectionRows, Enrolment, IdentityRow, IssuerRole, IssuerRow, MeshRow,
     OpenCount, PartyRow, PodRow, Status,

@@ -59,6 +59,12 @@ pub struct PodRow {
     pub enrolment: Enrolment,
     /// The effective PeerAuthentication modes, for people: `STRICT`, or `STRICT, 8080 PERMISSIVE`.
     pub mode: Option<String>,
+    /// What does not hold of all that protects the pod, as the kernel was last found; absent before it was looked at.
+    #[serde(default)]
+    pub faults: Option<Vec<String>>,
+    /// How long the pod ran before it was fenced; absent if it never did.
+    #[serde(default)]
+    pub unfenced_seconds: Option<f64>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
