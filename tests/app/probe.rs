@@ -74,7 +74,15 @@ impl ProbeServe {
 
 fn answer(mut stream: TcpStream) -> std::io::Result<()> {
     stream.set_read_timeout(Some(LIMIT))?;
-    let _ = stream.read(&mut [0; 4096])?;
+    // What was not read when the connection is closed would turn the answer into a reset.
+    let mut request = Vec::new();
+    while !request.ends_with(b"\r\n\r\n") {
+        let mut buffer = [0; 4096];
+        match stream.read(&mut buffer)? {
+            0 => break,
+            read => request.extend(buffer.iter().take(read)),
+        }
+    }
     stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
 }
 

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use crate::network::plan;
 use crate::process::{Finished, Running};
-use crate::{Lab, Node, Response, http_get, requirements};
+use crate::{Cni, Lab, Node, Response, http_get, requirements};
 
 const CA_PORT: u16 = 15012;
 
@@ -26,6 +26,8 @@ pub struct Options {
     pub drain_seconds: u32,
     pub leaf_lifetime: &'static str,
     pub trust_domain: &'static str,
+    /// Agents put their CNI plugin into their node's directories.
+    pub cni: bool,
     /// Further flags for `mtls node`.
     pub node_flags: Vec<String>,
 }
@@ -37,6 +39,7 @@ impl Default for Options {
             drain_seconds: 2,
             leaf_lifetime: "24h",
             trust_domain: "cluster.local",
+            cni: false,
             node_flags: Vec::new(),
         }
     }
@@ -139,6 +142,11 @@ impl Agent {
         }
         for prefix in plan::MESH_PREFIXES {
             args.extend(["--mesh-prefix".to_owned(), prefix.to_owned()]);
+        }
+        if options.cni {
+            let cni = Cni::of(dir, node);
+            args.extend(["--cni-bin-dir".to_owned(), path(&cni.bin_dir)]);
+            args.extend(["--cni-conf-dir".to_owned(), path(&cni.conf_dir)]);
         }
         args.extend(options.node_flags.iter().cloned());
         Ok(Self { node: Arc::clone(node), args, dir: dir.into(), process: None })

@@ -14,6 +14,8 @@ pub mod apps;
 mod cgroup;
 mod forgery;
 mod http;
+mod image;
+mod kubelet;
 mod manifests;
 mod mesh;
 mod network;
@@ -32,6 +34,7 @@ use anyhow::{Context, Result, ensure};
 
 pub use forgery::{Credentials, Forger};
 pub use http::{Request, Response, get as http_get};
+pub use kubelet::{Cni, Kubelet, RealPod, RealPodSpec};
 pub use manifests::{Level, Mode, Port};
 pub use mesh::{Agent, Mesh, Metrics, Options, eventually};
 pub use network::{cut, sysctl};

@@ -46,6 +46,10 @@ impl Node {
         &self.name
     }
 
+    pub(crate) fn index(&self) -> u8 {
+        self.index
+    }
+
     pub fn netns(&self) -> &Netns {
         &self.netns
     }

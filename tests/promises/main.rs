@@ -15,6 +15,7 @@ mod inspection;
 mod lab_itself;
 mod load;
 mod observed;
+mod pods;
 mod readiness;
 mod services;
 mod strict;
