@@ -16,6 +16,7 @@ mod forgery;
 mod http;
 mod image;
 mod kubelet;
+pub mod kubernetes;
 mod manifests;
 mod mesh;
 mod network;
