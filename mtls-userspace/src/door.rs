@@ -8,7 +8,10 @@ use tokio::sync::Semaphore;
 
 use crate::agent_socket::{Answer, Conversation, Error, Request};
 use crate::cni::Admissions;
+use crate::identity::Identities;
 use crate::mesh;
+use crate::observe::Observer;
+use crate::succession::{Phase, Reign};
 
 /// Callers at once: a node that starts a hundred pods together has as many plugins waiting.
 const CALLERS: usize = 512;
@@ -20,6 +23,9 @@ const FIRST_LINE: Duration = Duration::from_secs(10);
 pub struct Door {
     pub admissions: Arc<Admissions>,
     pub mesh: mesh::Source,
+    pub identities: Arc<Identities>,
+    pub observer: Observer,
+    pub reign: Arc<Reign>,
 }
 
 impl Door {
@@ -53,7 +59,12 @@ impl Door {
             Some(Request::Add(attachment)) => {
                 let pod = format!("{}/{}", attachment.namespace, attachment.name);
                 let netns = caller.file();
-                let answer = self.admissions.add(&self.mesh, attachment, netns).await;
+                let adding = self.admissions.add(&self.mesh, attachment, netns);
+                let answer = tokio::select! {
+                    answer = adding => answer,
+                    // The plugin hears nothing, and asks the agent that takes over.
+                    () = self.reign.reaches(|phase| *phase >= Phase::Frozen) => return Ok(()),
+                };
                 match &answer {
                     Answer::Failed { reason } => tracing::warn!(pod, reason, "pod is not let start"),
                     answer => tracing::info!(pod, ?answer, "pod may start"),
@@ -70,7 +81,12 @@ impl Door {
                 Answer::Done
             }
             Some(Request::Status) => Answer::Done,
-            Some(Request::Succeed { .. }) => Answer::Failed { reason: "not yet".into() },
+            Some(Request::Succeed { pid, .. }) => {
+                let held = self.identities.status().into_iter().map(|status| status.id);
+                let held = held.filter(|id| self.identities.current(id).is_some()).map(|id| id.to_string());
+                let open = || self.observer.open_connections();
+                return self.reign.receive(&mut caller, pid, held.collect(), open).await;
+            }
         };
         caller.say(&answer).await
     }

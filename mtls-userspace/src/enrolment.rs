@@ -25,6 +25,8 @@ use places::Places;
 
 /// Between looks at the kernel state of every pod.
 const VERIFY_EVERY: Duration = Duration::from_secs(10);
+/// A pod that is not found at first may just be starting, fenced by an earlier agent.
+const SWEEP_AFTER: Duration = Duration::from_secs(10);
 
 /// Keeps kernel and data threads in step with the mesh.
 pub struct Enrolment {
@@ -45,6 +47,11 @@ pub struct Enrolment {
     /// What does not hold of all that protects a pod; none for a pod in good order.
     faults: HashMap<String, Vec<String>>,
     verified: Option<Instant>,
+    /// Pods of which nothing has been found on this node.
+    absent: usize,
+    /// Pods to enrol again whatever is known of them.
+    stale: HashSet<String>,
+    begun: Instant,
     /// Pods that could not be enrolled, with the reason.
     failed: BTreeMap<String, String>,
     /// Pinned state of pods that went away while no agent ran is dropped once, after the first complete round.
@@ -78,6 +85,9 @@ impl Enrolment {
             plain: HashSet::new(),
             faults: HashMap::new(),
             verified: None,
+            absent: 0,
+            stale: HashSet::new(),
+            begun: Instant::now(),
             capture,
             workers,
             local,
@@ -91,6 +101,19 @@ impl Enrolment {
     /// Pods that could not be enrolled, with the reason.
     pub fn failed(&self) -> &BTreeMap<String, String> {
         &self.failed
+    }
+
+    /// Whether every pod was found and enrolled.
+    pub fn is_settled(&self) -> bool {
+        self.failed.is_empty() && self.absent == 0
+    }
+
+    /// Takes up the kernel's state as another agent left it, and enrols every pod again in the next round.
+    pub fn renew(&mut self) {
+        if let Err(error) = self.capture.adopt_again() {
+            tracing::error!(%error, "the kernel's state cannot be read");
+        }
+        self.stale = self.pods.keys().cloned().collect();
     }
 
     /// This node's pods as the admin API shows them.
@@ -123,6 +146,7 @@ impl Enrolment {
     /// Brings kernel and data threads in step with a snapshot. Errors end up in [`Self::failed`].
     pub async fn reconcile(&mut self, mesh: &Mesh) {
         self.failed.clear();
+        self.absent = 0;
         let admitted = self.admissions.admitted();
         let wanted = self.wanted(mesh, &admitted);
         let pods = &self.pods;
@@ -138,18 +162,25 @@ impl Enrolment {
         }
         for (key, workload) in &wanted {
             let modes = mesh.policies.modes(workload);
-            if let Err(error) = self.follow(key, workload, admitted.get(key), modes).await {
+            let followed = self.follow(key, workload, admitted.get(key), modes).await;
+            if let Err(Error::Capture(capture::Error::NoAddress { .. })) = &followed
+                && workload.addresses.is_empty()
+            {
+                // Its network is just being made.
+                self.absent += 1;
+            } else if let Err(error) = followed {
                 tracing::error!(pod = key, %error, "pod is not enrolled");
                 self.failed.insert(key.clone(), error.to_string());
             }
         }
         self.local.replace(self.pods.values().map(|kept| kept.pod.clone()));
-        if !self.swept && self.failed.is_empty() {
+        let has_waited = self.begun.elapsed() >= SWEEP_AFTER;
+        if !self.swept && self.failed.is_empty() && (self.absent == 0 || has_waited) {
             self.sweep();
         }
     }
 
-    /// Pods to enrol, by key. One that is starting has the addresses that its network was made with.
+    /// Pods to enrol, by key. One that is starting has the addresses that its network was made with, if they are known.
     fn wanted(
         &mut self,
         mesh: &Mesh,
@@ -166,8 +197,7 @@ impl Enrolment {
         };
         let here = mesh.workloads_and_starting().filter(|it| it.node.as_deref() == Some(&self.node));
         let (enrolled, plain): (Vec<_>, Vec<_>) = here.partition(|workload| workload.enrolled);
-        let enrolled =
-            enrolled.into_iter().map(at_the_door).filter(|workload| !workload.addresses.is_empty());
+        let enrolled = enrolled.into_iter().map(at_the_door);
         let wanted: HashMap<_, _> = enrolled.map(|workload| (workload.key(), workload)).collect();
         self.asked.retain(|key, _| wanted.contains_key(key));
         for key in wanted.keys().filter(|key| !self.asked.contains_key(*key)).cloned().collect::<Vec<_>>() {
@@ -219,8 +249,11 @@ impl Enrolment {
         modes: PortModes,
     ) -> Result<(), Error> {
         // Nothing of it runs here: not yet, or no longer. What was fenced stays so.
-        let Some(place) = self.places.of(workload, admitted)? else { return Ok(()) };
-        if let Some(kept) = self.pods.get_mut(key) {
+        let Some(place) = self.places.of(workload, admitted)? else {
+            self.absent += 1;
+            return Ok(());
+        };
+        if let Some(kept) = self.pods.get_mut(key).filter(|_| !self.stale.contains(key)) {
             let before = kept.pod.workload.load();
             if kept.namespace == place.id && before.addresses == workload.addresses {
                 if kept.pod.place.load().cgroup != place.cgroup {
@@ -292,6 +325,7 @@ impl Enrolment {
             );
         }
         self.faults.remove(key);
+        self.stale.remove(key);
         self.pods.insert(key.into(), Kept { pod, modes, namespace, unfenced });
         // Enrolled anew with other addresses it was fenced all the time; another namespace leaves the old one behind.
         if let Some(old) = before.filter(|old| old.namespace != namespace) {

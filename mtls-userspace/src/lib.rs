@@ -20,6 +20,7 @@
 //! | [`relay`] | two streams → a report |
 //! | [`ca`] | certificate signing requests → certificates |
 //! | [`plaintext`] | plaintext that was seen → readiness for STRICT |
+//! | [`succession`] | another agent → its place, without a connection refused |
 //! | [`observe`] | counters, access log, admin API |
 //!
 //! [`kubernetes`] is the way to the API server, for the rooms that need one; [`inspect`] answers the admin socket's questions from what the rooms hold and the kernel has;
@@ -49,6 +50,8 @@ pub mod outcome;
 pub mod plaintext;
 pub mod policy;
 pub mod relay;
+pub mod succession;
+pub mod tenure;
 pub mod tunnel;
 pub mod unplaced;
 pub mod worker;

@@ -4,27 +4,32 @@
 //! slow authority never stalls traffic; data threads are in [`crate::worker`].
 
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::pin::pin;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
 use arc_swap::ArcSwap;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 use crate::capture::{self, Capture};
-use crate::cni::{Admissions, Installation};
+use crate::cni::Admissions;
 use crate::config::Config;
 use crate::door::Door;
 use crate::drain::Drain;
 use crate::enrolment::Enrolment;
 use crate::explain;
-use crate::identity::{self, Identities};
+use crate::identity::{self, Identities, SpiffeId};
 use crate::inspect::Inspection;
 use crate::locate::Locator;
 use crate::mesh::{self, Mesh};
 use crate::observe::{self, Admin, IdentityRow, MeshRow, Observer, Plaintext, PodRow, Readiness};
 use crate::plaintext;
 use crate::policy::{Peer, Request};
+use crate::succession::{Part, Phase, Predecessor, Reign};
+use crate::tenure::{Sockets, Tenure};
 use crate::tunnel;
 use crate::worker::{self, LocalPods, Worker};
 
@@ -36,9 +41,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         root_namespace: config.root_namespace.clone(),
     };
     let source = mesh::Source::directory(config.manifests.clone(), settings).context("manifests")?;
+    let predecessor = Predecessor::greet(&config.agent_socket).await.context("agent socket")?;
     // Before the kernel half: an agent that cannot stay must not replace the programs of the one that runs.
-    let admin = Admin::bind(Some(config.admin), Some(&config.admin_socket)).await.context("admin API")?;
-    let (callers, _agent_socket) = observe::bind_socket(&config.agent_socket).context("agent socket")?;
+    let port = Admin::bind(Some(config.admin), None).await.context("admin API")?;
+    let sockets = match predecessor {
+        Some(_) => None,
+        None => Some(Sockets::bind(&config).await.context("admin API")?),
+    };
     let capture = Arc::new(
         Capture::start(capture::Config {
             cgroup_root: config.cgroup_root.clone(),
@@ -62,7 +71,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     });
     let readiness = Readiness::default();
 
-    let drain = Drain::new();
+    let mut drain = Drain::new();
     let local = Arc::new(LocalPods::default());
     let inbox = Arc::new(plaintext::Inbox::default());
     let watch = plaintext::Watch::new(
@@ -124,13 +133,32 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         pods: pods.clone(),
         setting: explain::Setting { prefixes: config.mesh_prefixes.clone(), same_node: config.same_node },
     }));
-    let admin = tokio::spawn(admin.serve(observer.clone(), readiness.clone(), stopped()));
+    let reign = Arc::new(Reign::default());
+    let row = predecessor.as_ref().map(Predecessor::row).unwrap_or_default();
+    let asked = reign.clone();
+    observer.set_succession(
+        Arc::new(move || row.lock().unwrap_or_else(PoisonError::into_inner).clone()),
+        Arc::new(move || asked.phase() >= Phase::Frozen),
+    );
+    let tenure = Tenure {
+        config: config.clone(),
+        reign: reign.clone(),
+        observer: observer.clone(),
+        readiness: readiness.clone(),
+        door: Door {
+            admissions: admissions.clone(),
+            mesh: source.clone(),
+            identities: identities.clone(),
+            observer: observer.clone(),
+            reign: reign.clone(),
+        },
+        stopping: stopping.clone(),
+    };
+    let port = tokio::spawn(tenure.clone().keep_port(port));
     if let Some(events) = capture.events() {
         tokio::spawn(watch_kernel(events, source.clone(), observer.clone(), inbox, watch.clone()));
     }
     tokio::spawn(watch.run(stopped()));
-    tokio::spawn(Door { admissions: admissions.clone(), mesh: source.clone() }.serve(callers));
-    let _installation = config.cni.clone().map(Installation::begin).transpose().context("CNI plugin")?;
     let control = Control {
         config: config.clone(),
         source,
@@ -139,11 +167,37 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         admissions,
         observer: observer.clone(),
         pods,
+        reign: reign.clone(),
+        settled: None,
     };
-    tokio::spawn(control.run(readiness));
+    let begun = tokio::spawn(begin(tenure, control, predecessor, sockets, readiness));
 
     tracing::info!(node = %config.node, workers = config.workers, "agent runs");
-    wait_for_signal().await?;
+    let retired = async {
+        reign.reaches(|phase| *phase >= Phase::Retired).await;
+        // What was on its way to our listeners when the other agent's took over.
+        tokio::time::sleep(LAST_ARRIVALS).await;
+    };
+    let mut signal = pin!(wait_for_signal());
+    tokio::select! {
+        signal = &mut signal => {
+            signal?;
+            // An agent that is just taking over will have every pod in a moment.
+            let decided = reign.reaches(|phase| !matches!(phase, Phase::Challenged | Phase::Frozen));
+            if reign.phase() != Phase::Alone && timeout(TAKING_OVER, decided).await.is_ok() {
+                tokio::time::sleep(LAST_ARRIVALS).await;
+            }
+        }
+        () = retired => {
+            drain.begin();
+            tokio::select! {
+                signal = &mut signal => signal?,
+                () = reign.reaches(|phase| *phase == Phase::Orphaned) => {
+                    anyhow::bail!("the agent that took this one's place has gone: ending, to be started anew");
+                }
+            }
+        }
+    }
     tracing::info!(seconds = config.drain.as_secs(), open = observer.open_connections(), "draining");
     if !drain.run(config.drain).await {
         tracing::warn!(
@@ -155,9 +209,54 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     }
     capture.shutdown_unregister();
     stop.send_replace(true);
-    let _ = tokio::time::timeout(Duration::from_secs(2), admin).await;
+    let last = async { tokio::join!(port, begun) };
+    let _ = tokio::time::timeout(Duration::from_secs(2), last).await;
     observer.flush_access_log(Duration::from_secs(1));
     Ok(())
+}
+
+/// How long an agent that is told to end waits for one that is taking its place.
+const TAKING_OVER: Duration = Duration::from_secs(10);
+/// How long a retired agent accepts what its listeners still hold.
+const LAST_ARRIVALS: Duration = Duration::from_secs(2);
+
+/// Takes the node over, at once or from the agent that has it, and goes on until the end.
+async fn begin(
+    tenure: Tenure,
+    mut control: Control,
+    predecessor: Option<Predecessor>,
+    sockets: Option<Sockets>,
+    readiness: Readiness,
+) {
+    if let Some(mut predecessor) = predecessor {
+        let succession = readiness.condition("succession");
+        control.await_certificates(&mut predecessor, &succession).await;
+        match predecessor.take_over().await {
+            Ok(()) => {
+                let (settled, all) = oneshot::channel();
+                control.settled = Some(settled);
+                tokio::spawn(async move {
+                    // An agent that ends before it has every pod leaves them to its predecessor.
+                    if all.await.is_ok() {
+                        predecessor.drain().await;
+                    }
+                });
+            }
+            Err(error) => tracing::warn!(%error, "nothing is left to take over"),
+        }
+        control.enrolment.renew();
+        succession.set_ready();
+    }
+    let sockets = match sockets {
+        Some(sockets) => sockets,
+        None => match Sockets::bind(&tenure.config).await {
+            Ok(sockets) => sockets,
+            Err(error) => return tracing::error!(%error, "this agent has no sockets, and enrols nothing"),
+        },
+    };
+    let sockets = tokio::spawn(tenure.keep_sockets(sockets));
+    tokio::spawn(control.run(readiness));
+    let _ = sockets.await;
 }
 
 /// Follows the mesh and the certificates; the only place where enrolment changes.
@@ -170,26 +269,72 @@ struct Control {
     observer: Observer,
     /// What the admin API shows of this node's pods.
     pods: Arc<ArcSwap<Vec<PodRow>>>,
+    reign: Arc<Reign>,
+    /// Whom to tell that every pod is enrolled.
+    settled: Option<oneshot::Sender<()>>,
 }
 
 impl Control {
+    /// Waits until this agent can prove whatever its predecessor can, or that one is gone.
+    async fn await_certificates(&self, predecessor: &mut Predecessor, succession: &observe::Condition) {
+        let mut mesh_changes = self.source.subscribe();
+        let mut identity_changes = self.identities.subscribe();
+        loop {
+            mesh_changes.mark_unchanged();
+            identity_changes.mark_unchanged();
+            let mesh = self.source.current();
+            let wanted: HashSet<_> = mesh.identities_on(&self.config.node).cloned().collect();
+            self.identities.want(wanted.clone());
+            let is_missing =
+                |id: &&SpiffeId| self.identities.current(id).is_none() && predecessor.has(&id.to_string());
+            let Some(missing) = wanted.iter().find(is_missing) else { return };
+            succession.not_ready(format!(
+                "the agent that runs here has a certificate for {missing}, this one not yet"
+            ));
+            tokio::select! {
+                changed = mesh_changes.changed() => if changed.is_err() { return },
+                changed = identity_changes.changed() => if changed.is_err() { return },
+                () = predecessor.gone() => return,
+            }
+        }
+    }
+
     async fn run(mut self, readiness: Readiness) {
         let pods_ready = readiness.condition("pods");
         let identities_ready = readiness.condition("identities");
         let mut mesh_changes = self.source.subscribe();
         let mut identity_changes = self.identities.subscribe();
         let mut arrivals = self.admissions.subscribe();
+        let mut phases = self.reign.subscribe();
+        let mut hold = Some(self.reign.hold(Part::Control));
         loop {
+            let rules = *phases.borrow_and_update() < Phase::Frozen;
+            match (rules, &hold) {
+                (true, None) => {
+                    hold = Some(self.reign.hold(Part::Control));
+                    self.enrolment.renew();
+                }
+                (false, Some(_)) => hold = None,
+                _ => {}
+            }
             arrivals.mark_unchanged();
             mesh_changes.mark_unchanged();
             identity_changes.mark_unchanged();
             let mesh = self.source.current();
             let wanted: HashSet<_> = mesh.identities_on(&self.config.node).cloned().collect();
             self.identities.want(wanted.clone());
-            self.enrolment.reconcile(&mesh).await;
-            self.enrolment.verify(&self.identities);
+            // What is open here is still judged here when another agent has the pods.
             self.observer.revoke(&|flow| refused_now(&mesh, flow));
+            if rules {
+                self.enrolment.reconcile(&mesh).await;
+                self.enrolment.verify(&self.identities);
+            }
             self.pods.store(Arc::new(self.enrolment.rows(&mesh)));
+            if self.enrolment.failed().is_empty()
+                && let Some(settled) = self.settled.take()
+            {
+                let _ = settled.send(());
+            }
 
             match self.enrolment.failed().iter().next() {
                 None => pods_ready.set_ready(),
@@ -200,15 +345,13 @@ impl Control {
                 Some(id) => identities_ready.not_ready(format!("no certificate for {id} yet")),
             }
             // Pods that could not be enrolled are tried again soon; a namespace replaced under its path is noticed.
-            let again = if self.enrolment.failed().is_empty() {
-                Duration::from_secs(5)
-            } else {
-                Duration::from_secs(1)
-            };
+            let again =
+                if self.enrolment.is_settled() { Duration::from_secs(5) } else { Duration::from_secs(1) };
             tokio::select! {
                 changed = mesh_changes.changed() => if changed.is_err() { return },
                 changed = identity_changes.changed() => if changed.is_err() { return },
                 changed = arrivals.changed() => if changed.is_err() { return },
+                changed = phases.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep(again) => {}
             }
         }

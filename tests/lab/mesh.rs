@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::network::plan;
@@ -161,11 +160,29 @@ impl Agent {
     /// Starts the agent without waiting.
     pub fn launch(&mut self) -> Result<()> {
         ensure!(self.process.is_none(), "the agent of {} runs already", self.node.name());
+        self.process = Some(self.start_another()?);
+        Ok(())
+    }
+
+    /// Starts another agent beside this one, as a rolling update does, without waiting for anything.
+    pub fn start_another(&self) -> Result<Running> {
         let mut command = self.command()?;
         command.args(&self.args);
         let (stdout, stderr) = (self.access_log_file(), self.log_file());
-        self.process = Some(Running::start_logged(command, &stdout, &stderr)?);
-        Ok(())
+        Running::start_logged(command, &stdout, &stderr)
+    }
+
+    /// The same until the new one has this one's place, and is what this is from now on. Returns the old one.
+    pub fn replace(&mut self) -> Result<Running> {
+        let new = self.start_another()?;
+        let old = self.process.replace(new).context("the agent does not run")?;
+        let succeeded = eventually(Duration::from_secs(30), || {
+            let metrics = self.metrics().ok()?;
+            (metrics.sum("mtls_agent_ready", &[("condition", "succession")]) == 1.0).then_some(())
+        });
+        succeeded.with_context(|| format!("no agent succeeded on {}:\n{}", self.node.name(), self.log()))?;
+        self.await_ready()?;
+        Ok(old)
     }
 
     /// The product's binary in the place where this agent runs, without arguments.
@@ -207,7 +224,7 @@ impl Agent {
 
     /// Asks it to end, and returns at once.
     pub fn terminate(&self) -> Result<()> {
-        self.process.as_ref().context("the agent does not run")?.signal(Signal::SIGTERM)
+        self.process.as_ref().context("the agent does not run")?.terminate()
     }
 
     /// Waits for its end after [`terminate`](Self::terminate); its exit must be clean.

@@ -19,6 +19,7 @@ mod pods;
 mod readiness;
 mod services;
 mod strict;
+mod succession;
 mod transparent;
 mod verify;
 

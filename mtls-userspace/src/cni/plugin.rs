@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -14,6 +14,8 @@ use crate::agent_socket::{Answer, Ask, Attachment, Error, Request};
 
 /// How long the agent may take for what needs no waiting.
 const PROMPTLY: Duration = Duration::from_secs(5);
+/// For so long a pod waits for an agent that is not there.
+const CHANGE_OF_AGENTS: Duration = Duration::from_secs(2);
 /// What an answer takes on top of the agent's own waiting.
 const MARGIN: Duration = Duration::from_secs(5);
 
@@ -111,5 +113,18 @@ fn ask(
     netns: Option<&File>,
     patience: Duration,
 ) -> Result<Answer, Error> {
-    Ask::call(&config.agent_socket, patience)?.ask(request, netns)
+    let mut since = Instant::now();
+    let begun = since;
+    loop {
+        let left = patience.saturating_sub(begun.elapsed()).max(Duration::from_millis(1));
+        let asked = Ask::call(&config.agent_socket, left).and_then(|mut agent| agent.ask(request, netns));
+        match &asked {
+            // Between an agent and the next there is a moment without a socket.
+            Err(Error::NoAgent { .. }) if since.elapsed() < CHANGE_OF_AGENTS && patience > PROMPTLY => {}
+            // It was the last one's caller that got no answer.
+            Err(Error::Gone) if begun.elapsed() < patience => since = Instant::now(),
+            _ => return asked,
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }

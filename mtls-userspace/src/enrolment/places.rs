@@ -39,7 +39,6 @@ impl Places {
         let here = mesh.workloads_and_starting().filter(|workload| workload.node.as_deref() == Some(node));
         let wanted: Vec<Wanted> = here
             .filter(|workload| workload.netns.is_none())
-            .filter(|workload| !workload.addresses.is_empty() || admitted.contains_key(&workload.key()))
             .filter_map(|workload| {
                 let key = workload.key();
                 let told = admitted.get(&key).map(|admitted| admitted.place.id);

@@ -201,6 +201,11 @@ impl Collector for Inner {
             })
         });
         out.gauges("mtls_connections_open", "Connections open now, by the way their bytes take", open)?;
+        out.gauge(
+            "mtls_predecessor_connections_open",
+            "Connections still open on the agent whose place this one took",
+            self.providers.predecessor().map_or(0, |row| row.open),
+        )?;
         self.encode_refusals(&mut out)?;
         self.encode_overflow(&mut out)?;
         out.counter(

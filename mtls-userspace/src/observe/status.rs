@@ -12,6 +12,7 @@ use super::connections::Open;
 use super::flow::{Flow, Party};
 use super::inspection::Judged;
 use crate::identity::{Identity, IdentityStatus};
+use crate::succession::PredecessorRow;
 
 /// One agent, at one moment.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -35,6 +36,12 @@ pub struct AgentRow {
     pub missing: BTreeMap<String, String>,
     pub resident_bytes: Option<u64>,
     pub cpu_seconds: Option<f64>,
+    /// The agent whose place this one took, while it drains.
+    #[serde(default)]
+    pub predecessor: Option<PredecessorRow>,
+    /// Another agent has this one's place.
+    #[serde(default)]
+    pub retired: bool,
 }
 
 /// The mesh snapshot in force.

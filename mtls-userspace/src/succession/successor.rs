@@ -49,6 +49,11 @@ impl Predecessor {
         self.row.clone()
     }
 
+    /// Resolves when the predecessor has ended.
+    pub async fn gone(&mut self) {
+        while let Ok(Some(_)) = self.conversation.next::<Reply>().await {}
+    }
+
     /// Asks for kernel and sockets.
     ///
     /// # Errors
