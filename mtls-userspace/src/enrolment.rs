@@ -4,6 +4,7 @@
 //! reason, and is tried again; it is never let out in plaintext because of a mistake here.
 
 mod places;
+mod verification;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
@@ -13,9 +14,8 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use ipnet::IpNet;
 
-use crate::capture::{self, Capture, Enrolled, Examined};
-use crate::cni::{Admissions, Admitted, Standing};
-use crate::identity::Identities;
+use crate::capture::{self, Capture, Enrolled};
+use crate::cni::{Admissions, Admitted};
 use crate::locate::{self, Locator, NetnsId, Place};
 use crate::mesh::{Mesh, Workload};
 use crate::observe::{Enrolment as State, PodRow};
@@ -23,8 +23,8 @@ use crate::policy::{Mode, PortModes};
 use crate::worker::{Command, Handle, LocalPods, Pod};
 use places::Places;
 
-/// Between looks at the kernel state of every pod.
-const VERIFY_EVERY: Duration = Duration::from_secs(10);
+/// What a change of label may take to be followed.
+const PROMPTLY: Duration = Duration::from_secs(1);
 /// A pod that is not found at first may just be starting, fenced by an earlier agent.
 const SWEEP_AFTER: Duration = Duration::from_secs(10);
 
@@ -317,7 +317,8 @@ impl Enrolment {
             Some(before) if before.namespace == namespace => before.unfenced,
             _ => unfenced.filter(|gap| !gap.is_zero()),
         };
-        if let Some(gap) = unfenced.filter(|_| before.is_none()) {
+        // A pod whose label has just come to say so is enrolled as soon as that can be.
+        if let Some(gap) = unfenced.filter(|gap| before.is_none() && (asked.is_none() || *gap > PROMPTLY)) {
             tracing::warn!(
                 pod = key,
                 seconds = gap.as_secs_f64(),
@@ -332,73 +333,6 @@ impl Enrolment {
             self.let_go(key, &old.pod);
         }
         Ok(())
-    }
-
-    /// Looks in the kernel whether everything is in force that protects the pods: at once for those that changed, now
-    /// and then for all. Then says so to those who wait at the door.
-    pub fn verify(&mut self, identities: &Identities) {
-        self.faults.retain(|key, _| self.pods.contains_key(key));
-        let all = self.verified.is_none_or(|verified| verified.elapsed() >= VERIFY_EVERY);
-        let known = self.faults.clone();
-        if all {
-            self.verified = Some(Instant::now());
-            self.faults.clear();
-        }
-        let looked_at: Vec<(&String, &Kept, Arc<Workload>, Arc<Place>)> = self
-            .pods
-            .iter()
-            .filter(|(key, _)| self.faults.get(*key).is_none_or(|faults| !faults.is_empty()))
-            .map(|(key, kept)| (key, kept, kept.pod.workload.load_full(), kept.pod.place.load_full()))
-            .collect();
-        let examined: Vec<Examined<'_>> = looked_at
-            .iter()
-            .map(|(_, kept, workload, place)| Examined {
-                pod: &kept.pod.socket,
-                place: capture::Place { netns: Some(&place.netns), cgroup: place.cgroup.as_deref() },
-                addresses: &workload.addresses,
-                modes: &kept.modes,
-            })
-            .collect();
-        let facts = tokio::task::block_in_place(|| self.capture.examine_pods(&examined));
-        let faults: Vec<(String, Vec<String>)> = looked_at
-            .iter()
-            .zip(facts)
-            .map(|((key, _, _, _), facts)| {
-                let broken = facts.into_iter().filter(|fact| !fact.holds);
-                ((*key).clone(), broken.map(|fact| format!("{}: {}", fact.name, fact.found)).collect())
-            })
-            .collect();
-        for (key, faults) in faults {
-            if !faults.is_empty() && known.get(&key) != Some(&faults) {
-                tracing::error!(
-                    pod = key,
-                    faults = faults.join("; "),
-                    "the pod's kernel state is not what it should be"
-                );
-            }
-            self.faults.insert(key, faults);
-        }
-        self.admissions.tell(|admitted| self.standing(admitted, identities));
-    }
-
-    fn standing(&self, admitted: &Admitted, identities: &Identities) -> Standing {
-        let key = admitted.workload.key();
-        let identity = &admitted.workload.identity;
-        if let Some(reason) = self.failed.get(&key).or_else(|| self.failed.get("pods")) {
-            return Standing::Waiting(reason.clone());
-        }
-        let kept = self.pods.get(&key).filter(|kept| kept.namespace == admitted.place.id);
-        match (kept, self.faults.get(&key)) {
-            (None, _) | (_, None) => Standing::Waiting("the agent is enrolling it".into()),
-            (_, Some(faults)) if !faults.is_empty() => Standing::Waiting(faults.join("; ")),
-            _ if identities.current(identity).is_none() => {
-                let status = identities.status().into_iter().find(|status| status.id == *identity);
-                let why = status.and_then(|status| status.last_error);
-                let why = why.unwrap_or_else(|| "the certificate authority has not answered yet".into());
-                Standing::Waiting(format!("no certificate for {identity}: {why}"))
-            }
-            _ => Standing::Protected,
-        }
     }
 
     async fn release(&mut self, key: &str) {

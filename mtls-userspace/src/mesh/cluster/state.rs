@@ -201,6 +201,7 @@ impl State {
                 self.namespaces.seen(&key, uid);
                 if self.namespaces.put(key.clone(), uid, enrolling) != Some(enrolling) {
                     self.enrolment_changed(&key.name);
+                    self.fresh.pods = true;
                 }
                 Ok(())
             }
@@ -312,9 +313,7 @@ impl State {
     }
 
     fn enrolling(&self, namespace: &Arc<str>) -> bool {
-        // Namespaces have none.
-        let key = Key { namespace: "".into(), name: namespace.clone() };
-        self.namespaces.get(&key).copied().unwrap_or(false)
+        self.namespaces.get(&in_no_namespace(namespace)).copied().unwrap_or(false)
     }
 
     fn enrolment_changed(&mut self, namespace: &Arc<str>) {
@@ -386,7 +385,10 @@ impl State {
         if fresh.pods {
             self.last.claims.clear();
             let (workloads, by_address) = self.workloads();
-            let (workloads, starting) = workloads.into_iter().partition(|it| !it.addresses.is_empty());
+            let (workloads, mut starting): (Vec<_>, Vec<_>) =
+                workloads.into_iter().partition(|it| !it.addresses.is_empty());
+            // Whether it is enrolled is not known before its namespace is; nothing may be decided about it.
+            starting.retain(|it| self.namespaces.get(&in_no_namespace(&it.namespace)).is_some());
             self.last.workloads = Arc::new(workloads);
             self.last.starting = Arc::new(starting);
             self.last.by_address = Arc::new(by_address);
@@ -537,6 +539,11 @@ fn keep_policy<P>(
             Err(error)
         }
     }
+}
+
+/// The key of a namespace, which is in none itself.
+fn in_no_namespace(name: &Arc<str>) -> Key {
+    Key { namespace: "".into(), name: name.clone() }
 }
 
 fn created(metadata: &ObjectMeta) -> Option<Timestamp> {
