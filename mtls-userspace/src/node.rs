@@ -229,7 +229,8 @@ async fn begin(
     readiness: Readiness,
 ) {
     if let Some(mut predecessor) = predecessor {
-        let succession = readiness.condition("succession");
+        // Registered before any can be met.
+        let [succession, ..] = ["succession", "pods", "identities"].map(|name| readiness.condition(name));
         control.await_certificates(&mut predecessor, &succession).await;
         match predecessor.take_over().await {
             Ok(()) => {
@@ -238,14 +239,17 @@ async fn begin(
                 tokio::spawn(async move {
                     // An agent that ends before it has every pod leaves them to its predecessor.
                     if all.await.is_ok() {
+                        succession.set_ready();
                         predecessor.drain().await;
                     }
                 });
             }
-            Err(error) => tracing::warn!(%error, "nothing is left to take over"),
+            Err(error) => {
+                tracing::warn!(%error, "nothing is left to take over");
+                succession.set_ready();
+            }
         }
         control.enrolment.renew();
-        succession.set_ready();
     }
     let sockets = match sockets {
         Some(sockets) => sockets,
