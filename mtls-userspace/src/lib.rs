@@ -13,6 +13,7 @@
 //! | [`locate`] | a pod's UID → its network namespace and cgroup on this node |
 //! | [`cni`] | a container runtime's call → the pod starts, protected, or not at all |
 //! | [`capture`] | pods → captured streams; the only room that speaks to the kernel half |
+//! | [`features`] | a machine → what its kernel can do, and what the agent makes of it |
 //! | [`mesh`] | manifests, or a Kubernetes API server's objects → an immutable [`mesh::Mesh`] snapshot |
 //! | [`identity`] | SPIFFE ID → current certificate, key and trust bundle |
 //! | [`policy`] | (peer, workload, port) → [`policy::Authorized`] or a reason; pure |
@@ -39,6 +40,7 @@ pub mod door;
 pub mod drain;
 pub mod enrolment;
 pub mod explain;
+pub mod features;
 pub mod identity;
 pub mod inspect;
 pub mod kubernetes;

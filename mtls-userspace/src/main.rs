@@ -39,6 +39,9 @@ enum Command {
     Cni(cli::cni::Args),
     /// Measure: a load client and its server
     Bench(cli::bench::Bench),
+    /// Find out what this kernel can do
+    #[command(subcommand)]
+    Lab(cli::lab::Lab),
 }
 
 fn main() -> ExitCode {
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
             Err(error) => Err(error),
         },
         Command::Bench(bench) => bench.run(),
+        Command::Lab(lab) => return cli::lab::main(&lab),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -16,13 +16,15 @@ use tokio::time::timeout;
 
 use crate::capture::{self, Capture};
 use crate::cni::Admissions;
-use crate::config::Config;
+use crate::config::{Config, MeshSource};
 use crate::door::Door;
 use crate::drain::Drain;
 use crate::enrolment::Enrolment;
 use crate::explain;
+use crate::features::{Choice, Chosen};
 use crate::identity::{self, Identities, SpiffeId};
 use crate::inspect::Inspection;
+use crate::kubernetes::Cluster;
 use crate::locate::Locator;
 use crate::mesh::{self, Mesh};
 use crate::observe::{self, Admin, IdentityRow, MeshRow, Observer, Plaintext, PodRow, Readiness};
@@ -40,7 +42,16 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         trust_domain: config.trust_domain.clone(),
         root_namespace: config.root_namespace.clone(),
     };
-    let source = mesh::Source::directory(config.manifests.clone(), settings).context("manifests")?;
+    let source = match &config.mesh {
+        MeshSource::Directory(directory) => {
+            mesh::Source::directory(directory.clone(), settings).context("manifests")?
+        }
+        MeshSource::Kubernetes { kubeconfig, annotations } => {
+            let cluster = Cluster::open(kubeconfig.as_deref()).await?;
+            let scope = mesh::Scope::Traffic { annotations: *annotations };
+            mesh::Source::kubernetes(cluster, settings, scope).await
+        }
+    };
     let predecessor = Predecessor::greet(&config.agent_socket).await.context("agent socket")?;
     // Before the kernel half: an agent that cannot stay must not replace the programs of the one that runs.
     let port = Admin::bind(Some(config.admin), None).await.context("admin API")?;
@@ -48,12 +59,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         Some(_) => None,
         None => Some(Sockets::bind(&config).await.context("admin API")?),
     };
+    let chosen = Chosen::at_start(&config.features)?;
+    tracing::info!("this kernel: {chosen}");
     let capture = Arc::new(
         Capture::start(capture::Config {
             cgroup_root: config.cgroup_root.clone(),
             bpffs: config.bpffs.clone(),
             workers: config.workers,
             congestion: config.loopback_congestion.clone(),
+            destroy: chosen.uses(Choice::SocketDestroy),
         })
         .context("kernel half")?,
     );
@@ -82,7 +96,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         inbox.clone(),
     );
     let watch = Arc::new(watch.context("kernel half")?);
-    let tunnel = Arc::new(tunnel::Config::default());
+    let usual = tunnel::Config::default();
+    let retransmit = usual.retransmit.filter(|_| chosen.uses(Choice::TcpRtoMax));
+    let tunnel = Arc::new(tunnel::Config { retransmit, ..usual });
     let workers = (0..config.workers)
         .map(|index| {
             let worker = Worker {
@@ -122,6 +138,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(identities.clone().run(stopped()));
     let pods = Arc::new(ArcSwap::default());
     provide(&observer, &capture, &identities, &source, pods.clone());
+    observer.set_capabilities(chosen.rows());
     let (asked, counted) = (watch.clone(), watch.clone());
     observer.set_plaintext(Arc::new(move || asked.facts()), Arc::new(move || counted.counts()));
     observer.set_inspector(Arc::new(Inspection {

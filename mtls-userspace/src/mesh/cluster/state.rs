@@ -16,12 +16,12 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::DynamicObject;
 
-use super::kept::{Key, Kept, Uid};
+use super::kept::{Kept, Key, Uid};
 use super::policies::{self, Refused};
 use crate::mesh::hosts::{Host, Hosts};
 use crate::mesh::interner::Interner;
 use crate::mesh::objects::{Placed, called};
-use crate::mesh::pod::{Single, enrols};
+use crate::mesh::pod::{Single, enrols, forget_annotated_place};
 use crate::mesh::service::{Front, Services, Slice, Table};
 use crate::mesh::{Error, Mesh, Place, Settings, Warning, Workload};
 use crate::policy::{AuthorizationPolicy, PeerAuthentication, Policies};
@@ -188,7 +188,6 @@ impl State {
                 self.fresh.policies |= !self.authorization_policies.end().is_empty();
             }
         }
-        self.interner.sweep();
     }
 
     pub(super) fn seen(&mut self, object: Object) {
@@ -295,8 +294,7 @@ impl State {
 
     fn pod(&mut self, key: Key, uid: Uid, mut pod: Pod) -> Result<(), Error> {
         if !self.annotations {
-            // Whoever may make a pod may annotate it, and must not lead us into another pod's namespace.
-            pod.metadata.annotations = None;
+            forget_annotated_place(&mut pod.metadata);
         }
         self.fresh.pods |= self.pods.seen(&key, uid).is_some();
         let placed = Placed { object: pod, place: self.place.clone() };
@@ -382,13 +380,16 @@ impl State {
     /// A snapshot of what is known now.
     pub(super) fn build(&mut self, generation: u64) -> Mesh {
         let fresh = std::mem::take(&mut self.fresh);
+        self.interner.sweep_if_grown();
         if fresh.pods {
             self.last.claims.clear();
             let (workloads, by_address) = self.workloads();
-            let (workloads, mut starting): (Vec<_>, Vec<_>) =
-                workloads.into_iter().partition(|it| !it.addresses.is_empty());
-            // Whether it is enrolled is not known before its namespace is; nothing may be decided about it.
-            starting.retain(|it| self.namespaces.get(&in_no_namespace(&it.namespace)).is_some());
+            let starting = self.pods.iter().filter(|(key, single)| {
+                // Whether it is enrolled is not known before its namespace is; nothing may be decided about it.
+                let namespace = self.namespaces.get(&in_no_namespace(&key.namespace));
+                single.workload.addresses.is_empty() && namespace.is_some()
+            });
+            let starting = starting.map(|(_, single)| single.workload.clone()).collect();
             self.last.workloads = Arc::new(workloads);
             self.last.starting = Arc::new(starting);
             self.last.by_address = Arc::new(by_address);
@@ -460,7 +461,7 @@ impl State {
             }
         }
         let workloads = self.pods.iter().filter_map(|(key, single)| match lost.get(key) {
-            None => Some(single.workload.clone()),
+            None => (!single.workload.addresses.is_empty()).then(|| single.workload.clone()),
             Some(lost) => {
                 let mut workload = Workload::clone(&single.workload);
                 workload.addresses.retain(|address| !lost.contains(address));
@@ -474,10 +475,9 @@ impl State {
 
     fn services_anew(&mut self, names: HashSet<Arc<str>>) {
         for name in names {
-            let key = name.split_once('/').map(|(namespace, name)| Key {
-                namespace: self.interner.text(namespace),
-                name: name.into(),
-            });
+            let key = name
+                .split_once('/')
+                .map(|(namespace, name)| Key { namespace: self.interner.text(namespace), name: name.into() });
             let front = key.and_then(|key| self.services.get(&key)).map(|(_, front)| front);
             match front {
                 Some(front) => {
@@ -490,9 +490,10 @@ impl State {
         }
         let mut services = Services::default();
         let mut owners: HashMap<IpAddr, (&Option<Timestamp>, &Arc<str>)> = HashMap::new();
-        let tabled = self.services.values().filter_map(|(created, front)| {
-            self.tables.get(&front.name).map(|table| (created, front, table))
-        });
+        let tabled = self
+            .services
+            .values()
+            .filter_map(|(created, front)| self.tables.get(&front.name).map(|table| (created, front, table)));
         for (created, front, table) in tabled {
             for vip in &front.vips {
                 // A Service made anew may have the address of one whose end we have not heard of yet.
