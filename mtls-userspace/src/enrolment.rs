@@ -140,7 +140,12 @@ impl Enrolment {
             }
         };
         let here = mesh.workloads_and_starting().filter(|it| it.node.as_deref() == Some(&self.node));
-        here.filter(|workload| workload.enrolled).map(row).collect()
+        // One that is starting is nobody's concern before there is something of it.
+        let is_there = |workload: &&Arc<Workload>| {
+            let key = workload.key();
+            !workload.addresses.is_empty() || self.pods.contains_key(&key) || self.failed.contains_key(&key)
+        };
+        here.filter(|workload| workload.enrolled).filter(is_there).map(row).collect()
     }
 
     /// Brings kernel and data threads in step with a snapshot. Errors end up in [`Self::failed`].

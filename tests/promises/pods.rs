@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use mtls_tests::{Cni, Kubelet, Lab, Level, MARKER, Mesh, Mode, Options, RealPod, RealPodSpec, eventually};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{assert_echoed, assert_refused, needs};
 
@@ -92,6 +92,7 @@ fn a_pod_is_protected_before_its_first_process_runs() -> Result<()> {
     assert_eq!(cluster.metric("node-a", "mtls_pod_verified", "client")?, 1.0);
     let client = cluster.kubelets[0].launch(&cluster.lab, client)?;
     assert_echoed(&client.printed_with("ended")?);
+    let client_that_lasts = cluster.run(0, RealPodSpec::new("lasting", &["pause"]))?;
     let seen = wire.finish()?;
     assert_eq!(seen.markers(), 0, "{seen:?}");
     let tunnels = seen.flows.iter().filter(|flow| flow.server.port() == 15008).count();
@@ -99,6 +100,27 @@ fn a_pod_is_protected_before_its_first_process_runs() -> Result<()> {
     for (node, pod) in [("node-a", "client"), ("node-b", "server")] {
         assert_eq!(cluster.metric(node, "mtls_pod_unfenced_seconds", pod)?, 0.0, "{pod}");
     }
+
+    // Both agents are replaced, while a pod dials on and on and another is half way through its start.
+    let mut again = client_that_lasts.start_app(&["dial", "again", &to, "--limit-ms", "5000"])?;
+    let starting = cluster.kubelets[0].bind(&cluster.lab, RealPodSpec::new("starting", &["pause"]))?;
+    let starting = cluster.kubelets[0].sandbox(starting)?;
+    let mut retired = Vec::new();
+    for node in ["node-a", "node-b"] {
+        retired.push(cluster.mesh.agent(node).replace()?);
+    }
+    cluster.assert_verified("node-a", "starting");
+    let starting = cluster.kubelets[0].launch(&cluster.lab, starting)?;
+    assert_echoed(&starting.app(&["dial", "echo", &to])?);
+    let newcomer = cluster.run(0, RealPodSpec::new("newcomer", &["dial", "echo", &to]))?;
+    assert_echoed(&newcomer.printed_with("ended")?);
+    for pod in ["starting", "newcomer"] {
+        assert_eq!(cluster.metric("node-a", "mtls_pod_unfenced_seconds", pod)?, 0.0, "{pod}");
+    }
+    again.say("stop")?;
+    let answer = again.finish()?.success()?.json()?;
+    assert!(answer["conversations"].as_u64() > Some(10) && answer["failures"] == json!({}), "{answer}");
+    drop(retired);
 
     // A pod that takes no part starts without delay, and is refused in plaintext.
     let pause = RealPodSpec::new("stranger", &["pause"]);

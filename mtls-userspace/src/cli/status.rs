@@ -109,7 +109,10 @@ fn write_pods(f: &mut fmt::Formatter<'_>, pods: &[PodRow], names: &Names) -> fmt
         Table::new(&["POD", "ADDRESSES", "IDENTITY", "MODE", "STATE"].map(|name| (name, Align::Left)));
     for pod in pods {
         let state = match &pod.enrolment {
-            Enrolment::Enrolled => "enrolled".to_owned(),
+            Enrolment::Enrolled => match pod.faults.as_deref() {
+                Some([]) | None => "enrolled".to_owned(),
+                Some(faults) => format!("enrolled, NOT PROTECTED: {}", faults.join("; ")),
+            },
             Enrolment::Pending => "pending".to_owned(),
             Enrolment::Failed { reason } => format!("FAILED: {reason}"),
         };
