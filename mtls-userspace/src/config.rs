@@ -45,6 +45,12 @@ pub struct Options {
     /// Its private key (PEM) [default: in the same file]
     #[arg(long, value_name = "FILE")]
     ca_node_key: Option<PathBuf>,
+    /// Instead of an authority: unix socket of a SPIFFE Workload API, for example unix:///run/spire/agent.sock
+    #[arg(long, value_name = "SOCKET")]
+    spiffe_socket: Option<String>,
+    /// Revocation lists (PEM) for peers' certificates, besides what the authority gives; changes are picked up
+    #[arg(long, value_name = "FILE")]
+    crl: Option<PathBuf>,
     /// Trust domain of every identity [default: cluster.local]
     #[arg(long)]
     trust_domain: Option<String>,
@@ -97,15 +103,22 @@ pub enum SameNode {
     Encrypt,
 }
 
+/// Where workloads' identities come from.
+#[derive(Debug, PartialEq, Eq)]
+pub enum IdentitySource {
+    /// An authority that signs for keys made here.
+    Authority { address: String, root: PathBuf, credential: Credential },
+    /// A SPIFFE Workload API that hands out keys and certificates.
+    WorkloadApi { socket: String },
+}
+
 /// What `mtls node` runs with.
 #[derive(Debug)]
 pub struct Config {
     pub node: Arc<str>,
     pub manifests: PathBuf,
-    pub ca_address: String,
-    pub ca_root: PathBuf,
-    /// Proves this node to the authority.
-    pub ca_credential: Credential,
+    pub identities: IdentitySource,
+    pub crl: Option<PathBuf>,
     pub trust_domain: TrustDomain,
     pub root_namespace: Arc<str>,
     pub certificate_lifetime: Duration,
@@ -156,32 +169,9 @@ impl Options {
             None => self,
         };
         let mut mistakes = Mistakes::default();
+        let identities = options.identities(&mut mistakes);
         let node = mistakes.required("node", options.node);
         let manifests = mistakes.required("manifests", options.manifests);
-        let ca_address = mistakes.required("ca-address", options.ca_address);
-        let ca_root = mistakes.required("ca-root", options.ca_root);
-        let ca_credential = match (options.ca_token_file, options.ca_node_cert) {
-            (Some(token), None) => Some(Credential::Token(token)),
-            (None, Some(certificate)) => {
-                let key = options.ca_node_key.clone().unwrap_or_else(|| certificate.clone());
-                Some(Credential::Certificate { certificate, key })
-            }
-            (token, _) => {
-                let are = if token.is_some() { "are both given" } else { "are both missing" };
-                mistakes.0.push(format!(
-                    "--ca-token-file and --ca-node-cert {are}: one proves this node to the authority"
-                ));
-                None
-            }
-        };
-        if options.ca_node_key.is_some() && !matches!(ca_credential, Some(Credential::Certificate { .. })) {
-            mistakes.0.push("--ca-node-key is of no use without --ca-node-cert".into());
-        }
-        if ca_address.as_ref().is_some_and(|a| !a.starts_with("https://")) {
-            mistakes.0.push(
-                "--ca-address must start with https://: certificates are never asked for in the clear".into(),
-            );
-        }
         let trust_domain = options.trust_domain.as_deref().unwrap_or("cluster.local").parse::<TrustDomain>();
         if let Err(error) = &trust_domain {
             mistakes.0.push(format!("--trust-domain: {error}"));
@@ -194,24 +184,16 @@ impl Options {
         if certificate_lifetime == 0 {
             mistakes.0.push("--certificate-lifetime must be at least 1".into());
         }
-        let (
-            Some(node),
-            Some(manifests),
-            Some(ca_address),
-            Some(ca_root),
-            Some(ca_credential),
-            Ok(trust_domain),
-            true,
-        ) = (node, manifests, ca_address, ca_root, ca_credential, trust_domain, mistakes.0.is_empty())
+        let (Some(node), Some(manifests), Some(identities), Ok(trust_domain), true) =
+            (node, manifests, identities, trust_domain, mistakes.0.is_empty())
         else {
             return Err(Error::Invalid(mistakes));
         };
         Ok(Config {
             node: node.into(),
             manifests,
-            ca_address,
-            ca_root,
-            ca_credential,
+            identities,
+            crl: options.crl,
             trust_domain,
             root_namespace: options.root_namespace.as_deref().unwrap_or("istio-system").into(),
             certificate_lifetime: Duration::from_secs(certificate_lifetime),
@@ -228,6 +210,59 @@ impl Options {
                 .loopback_congestion
                 .map(|name| if name == "host" { String::new() } else { name }),
         })
+    }
+
+    /// From exactly one place, with all that this place needs and nothing of the other.
+    fn identities(&self, mistakes: &mut Mistakes) -> Option<IdentitySource> {
+        let Some(socket) = &self.spiffe_socket else { return self.authority(mistakes) };
+        let before = mistakes.0.len();
+        for (flag, given) in [
+            ("ca-address", self.ca_address.is_some()),
+            ("ca-root", self.ca_root.is_some()),
+            ("ca-token-file", self.ca_token_file.is_some()),
+            ("ca-node-cert", self.ca_node_cert.is_some()),
+            ("ca-node-key", self.ca_node_key.is_some()),
+            ("certificate-lifetime", self.certificate_lifetime.is_some()),
+        ] {
+            if given {
+                mistakes.0.push(format!(
+                    "--{flag} is for a certificate authority, and --spiffe-socket takes identities from elsewhere: \
+                     leave one of them out"
+                ));
+            }
+        }
+        (mistakes.0.len() == before).then(|| IdentitySource::WorkloadApi { socket: socket.clone() })
+    }
+
+    fn authority(&self, mistakes: &mut Mistakes) -> Option<IdentitySource> {
+        let address = self.ca_address.clone();
+        if address.is_none() {
+            mistakes.0.push("--ca-address is missing, or --spiffe-socket instead".into());
+        }
+        let root = mistakes.required("ca-root", self.ca_root.clone());
+        if address.as_ref().is_some_and(|address| !address.starts_with("https://")) {
+            mistakes.0.push(
+                "--ca-address must start with https://: certificates are never asked for in the clear".into(),
+            );
+        }
+        let credential = match (&self.ca_token_file, &self.ca_node_cert) {
+            (Some(token), None) => Some(Credential::Token(token.clone())),
+            (None, Some(certificate)) => {
+                let key = self.ca_node_key.as_ref().unwrap_or(certificate).clone();
+                Some(Credential::Certificate { certificate: certificate.clone(), key })
+            }
+            (token, _) => {
+                let are = if token.is_some() { "both given" } else { "both missing" };
+                mistakes.0.push(format!(
+                    "--ca-token-file and --ca-node-cert are {are}: one of them proves this node to the authority"
+                ));
+                None
+            }
+        };
+        if self.ca_node_key.is_some() && !matches!(credential, Some(Credential::Certificate { .. })) {
+            mistakes.0.push("--ca-node-key is of no use without --ca-node-cert".into());
+        }
+        Some(IdentitySource::Authority { address: address?, root: root?, credential: credential? })
     }
 
     fn read(path: &Path) -> Result<Self, Error> {
@@ -247,6 +282,8 @@ impl Options {
             ca_token_file: self.ca_token_file.or(file.ca_token_file),
             ca_node_cert: self.ca_node_cert.or(file.ca_node_cert),
             ca_node_key: self.ca_node_key.or(file.ca_node_key),
+            spiffe_socket: self.spiffe_socket.or(file.spiffe_socket),
+            crl: self.crl.or(file.crl),
             trust_domain: self.trust_domain.or(file.trust_domain),
             root_namespace: self.root_namespace.or(file.root_namespace),
             certificate_lifetime: self.certificate_lifetime.or(file.certificate_lifetime),
@@ -321,7 +358,12 @@ mod tests {
     #[test]
     fn a_node_proves_itself_in_exactly_one_way() {
         let certificate = || Some(PathBuf::from("/node.pem"));
-        let with = |options: Options| options.validate().map(|config| config.ca_credential);
+        let with = |options: Options| {
+            options.validate().map(|config| match config.identities {
+                IdentitySource::Authority { credential, .. } => credential,
+                other => panic!("{other:?}"),
+            })
+        };
         let alone = || Options { ca_token_file: None, ca_node_cert: certificate(), ..complete() };
         let expected =
             |key: &str| Credential::Certificate { certificate: "/node.pem".into(), key: key.into() };
@@ -336,6 +378,26 @@ mod tests {
             let error = with(wrong).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         }
+    }
+
+    #[test]
+    fn identities_come_from_exactly_one_place() {
+        let socket = || Some("unix:///run/spire/agent.sock".to_owned());
+        let alone = || Options {
+            node: Some("a".into()),
+            manifests: Some("/m".into()),
+            spiffe_socket: socket(),
+            ..Options::default()
+        };
+        let config = alone().validate().unwrap();
+        assert_eq!(config.identities, IdentitySource::WorkloadApi { socket: socket().unwrap() });
+        let both = Options { spiffe_socket: socket(), certificate_lifetime: Some(1), ..complete() };
+        let error = both.validate().unwrap_err().to_string();
+        for flag in ["--ca-address", "--ca-root", "--ca-token-file", "--certificate-lifetime"] {
+            assert!(error.contains(&format!("{flag} is for a certificate authority")), "{error}");
+        }
+        let neither = Options { spiffe_socket: None, ..alone() }.validate().unwrap_err().to_string();
+        assert!(neither.contains("--ca-address is missing, or --spiffe-socket"), "{neither}");
     }
 
     #[test]

@@ -16,14 +16,17 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::authority::SigningKey;
 use super::{CertificateAuthority, Error};
-use crate::identity::{Certificate, pem_certificates, to_pem};
+use crate::identity::{Certificate, Revocations, pem_certificates, to_pem};
 
 const SIGNER: &str = "ca-cert.pem";
 const KEY: &str = "ca-key.pem";
 const CHAIN: &str = "cert-chain.pem";
 const ROOTS: &str = "root-cert.pem";
 /// What makes a directory an authority's.
-pub(super) const FILES: [&str; 4] = [SIGNER, KEY, CHAIN, ROOTS];
+const NEEDED: [&str; 4] = [SIGNER, KEY, CHAIN, ROOTS];
+const REVOKED: &str = "ca-crl.pem";
+/// All that counts in a directory.
+pub(super) const FILES: [&str; 5] = [SIGNER, KEY, CHAIN, ROOTS, REVOKED];
 
 /// What a directory holds.
 pub(super) struct Stored {
@@ -32,16 +35,27 @@ pub(super) struct Stored {
     /// From the signing certificate towards the root, roots left out.
     pub intermediates: Vec<CertificateDer<'static>>,
     pub roots: Vec<CertificateDer<'static>>,
+    pub revocations: Revocations,
+}
+
+impl Stored {
+    /// A root that signs by itself.
+    pub fn root(root: CertificateDer<'static>, key: SigningKey) -> Self {
+        let (signer, roots) = (root.clone(), vec![root]);
+        Self { signer, key, intermediates: Vec::new(), roots, revocations: Revocations::default() }
+    }
 }
 
 /// `None` when the directory has none of the files, or doesn't exist.
 pub(super) fn read(dir: &Path) -> Result<Option<Stored>, Error> {
     let mut found = Vec::new();
     let mut missing = Vec::new();
-    for name in FILES {
-        let path = dir.join(name);
-        let there = path.try_exists().map_err(|source| Error::File { attempt: "look for", path, source })?;
-        if there { found.push(name) } else { missing.push(name) }
+    for name in NEEDED {
+        if there(&dir.join(name))? { found.push(name) } else { missing.push(name) }
+    }
+    // A revocation list alone is a mistake, and no reason to make a root.
+    if there(&dir.join(REVOKED))? {
+        found.push(REVOKED);
     }
     if found.is_empty() {
         return Ok(None);
@@ -58,7 +72,13 @@ pub(super) fn read(dir: &Path) -> Result<Option<Stored>, Error> {
     }
     let roots = roots(&dir.join(ROOTS))?;
     let intermediates = intermediates(&dir.join(CHAIN), &signer, &certificate)?;
-    Ok(Some(Stored { signer, key, intermediates, roots }))
+    let authorities: Vec<_> = intermediates.iter().chain(&roots).cloned().collect();
+    let revocations = revocations(&dir.join(REVOKED), &authorities)?;
+    Ok(Some(Stored { signer, key, intermediates, roots, revocations }))
+}
+
+fn there(path: &Path) -> Result<bool, Error> {
+    path.try_exists().map_err(|source| Error::File { attempt: "look for", path: path.into(), source })
 }
 
 /// Stores a self-made root: signing certificate, chain and root are one.
@@ -163,6 +183,18 @@ fn intermediates(
         intermediates.push(link);
     }
     Ok(intermediates)
+}
+
+/// No file, nothing revoked. Each list must be by an authority of this directory: another's would revoke nothing.
+fn revocations(path: &Path, authorities: &[CertificateDer<'_>]) -> Result<Revocations, Error> {
+    let pem = match fs::read(path) {
+        Ok(pem) => pem,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Revocations::default()),
+        Err(source) => return Err(Error::File { attempt: "read", path: path.into(), source }),
+    };
+    Revocations::from_pem(&pem, authorities)
+        .and_then(|lists| lists.issued_by(authorities).map(|()| lists))
+        .map_err(|source| Error::Revocations { path: path.into(), source })
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {

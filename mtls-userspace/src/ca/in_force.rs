@@ -102,6 +102,7 @@ impl InForce {
             dir = %path.display(),
             roots = next.roots().len(),
             roots_before = before.roots().len(),
+            revocation_lists = next.revocations().lists().count(),
             root_sha256 = next.root_fingerprint(),
             "the changed CA directory is in force"
         );
