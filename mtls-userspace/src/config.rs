@@ -13,8 +13,13 @@ use clap::ValueEnum;
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use crate::identity::{Credential, TrustDomain};
+use crate::features::Forced;
+use crate::identity::TrustDomain;
 use crate::observe::AccessLog;
+
+mod identity_source;
+
+pub use identity_source::IdentitySource;
 
 /// What `mtls node` was told, before validation.
 #[derive(clap::Args, Deserialize, Default, Debug)]
@@ -30,6 +35,16 @@ pub struct Options {
     /// Directory of Kubernetes manifests that describe the mesh; changes are picked up as they happen
     #[arg(long, value_name = "DIR")]
     manifests: Option<PathBuf>,
+    /// Follow the Kubernetes API instead, as this pod's service account [default in a pod without --manifests]
+    #[arg(long)]
+    kubernetes: bool,
+    /// Follow the Kubernetes API that this file names, as the user that it names
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// With the Kubernetes API: believe pods' annotations mtls.dev/netns and mtls.dev/cgroup. For laboratories: whoever may
+    /// make a pod could name another pod's
+    #[arg(long)]
+    trust_pod_annotations: bool,
     /// Certificate authority, for example https://10.0.0.1:15012
     #[arg(long, value_name = "URL")]
     ca_address: Option<String>,
@@ -90,6 +105,9 @@ pub struct Options {
     /// Congestion control of the pods' loopback legs; `host` leaves it alone [default: cubic, else reno]
     #[arg(long, value_name = "NAME")]
     loopback_congestion: Option<String>,
+    /// Not what the kernel is found to do: NAME=on must work, NAME=off is left alone; names are those of `mtls lab features`
+    #[arg(long, value_name = "NAME=on|off")]
+    feature: Vec<Forced>,
 }
 
 /// Same-node connections: the same checks either way.
@@ -103,20 +121,22 @@ pub enum SameNode {
     Encrypt,
 }
 
-/// Where workloads' identities come from.
-#[derive(Debug, PartialEq, Eq)]
-pub enum IdentitySource {
-    /// An authority that signs for keys made here.
-    Authority { address: String, root: PathBuf, credential: Credential },
-    /// A SPIFFE Workload API that hands out keys and certificates.
-    WorkloadApi { socket: String },
+/// Where the mesh is described.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum MeshSource {
+    Directory(PathBuf),
+    /// Without a kubeconfig: the API server that Kubernetes names to every pod.
+    Kubernetes {
+        kubeconfig: Option<PathBuf>,
+        annotations: bool,
+    },
 }
 
 /// What `mtls node` runs with.
 #[derive(Debug)]
 pub struct Config {
     pub node: Arc<str>,
-    pub manifests: PathBuf,
+    pub mesh: MeshSource,
     pub identities: IdentitySource,
     pub crl: Option<PathBuf>,
     pub trust_domain: TrustDomain,
@@ -135,6 +155,8 @@ pub struct Config {
     /// Congestion control on the legs that never leave a pod, where a paced one (BBR) costs a third of the throughput.
     /// Absent: cubic, else reno. Empty: the host's choice.
     pub loopback_congestion: Option<String>,
+    /// What the operator decided about paths; about the others the kernel decides.
+    pub features: Vec<Forced>,
 }
 
 /// Everything wrong with a configuration, together.
@@ -170,8 +192,8 @@ impl Options {
         };
         let mut mistakes = Mistakes::default();
         let identities = options.identities(&mut mistakes);
+        let mesh = mistakes.mesh(&options, std::env::var_os(IN_A_POD).is_some());
         let node = mistakes.required("node", options.node);
-        let manifests = mistakes.required("manifests", options.manifests);
         let trust_domain = options.trust_domain.as_deref().unwrap_or("cluster.local").parse::<TrustDomain>();
         if let Err(error) = &trust_domain {
             mistakes.0.push(format!("--trust-domain: {error}"));
@@ -184,14 +206,14 @@ impl Options {
         if certificate_lifetime == 0 {
             mistakes.0.push("--certificate-lifetime must be at least 1".into());
         }
-        let (Some(node), Some(manifests), Some(identities), Ok(trust_domain), true) =
-            (node, manifests, identities, trust_domain, mistakes.0.is_empty())
+        let (Some(node), Some(mesh), Some(identities), Ok(trust_domain), true) =
+            (node, mesh, identities, trust_domain, mistakes.0.is_empty())
         else {
             return Err(Error::Invalid(mistakes));
         };
         Ok(Config {
             node: node.into(),
-            manifests,
+            mesh,
             identities,
             crl: options.crl,
             trust_domain,
@@ -209,60 +231,8 @@ impl Options {
             loopback_congestion: options
                 .loopback_congestion
                 .map(|name| if name == "host" { String::new() } else { name }),
+            features: options.feature,
         })
-    }
-
-    /// From exactly one place, with all that this place needs and nothing of the other.
-    fn identities(&self, mistakes: &mut Mistakes) -> Option<IdentitySource> {
-        let Some(socket) = &self.spiffe_socket else { return self.authority(mistakes) };
-        let before = mistakes.0.len();
-        for (flag, given) in [
-            ("ca-address", self.ca_address.is_some()),
-            ("ca-root", self.ca_root.is_some()),
-            ("ca-token-file", self.ca_token_file.is_some()),
-            ("ca-node-cert", self.ca_node_cert.is_some()),
-            ("ca-node-key", self.ca_node_key.is_some()),
-            ("certificate-lifetime", self.certificate_lifetime.is_some()),
-        ] {
-            if given {
-                mistakes.0.push(format!(
-                    "--{flag} is for a certificate authority, and --spiffe-socket takes identities from elsewhere: \
-                     leave one of them out"
-                ));
-            }
-        }
-        (mistakes.0.len() == before).then(|| IdentitySource::WorkloadApi { socket: socket.clone() })
-    }
-
-    fn authority(&self, mistakes: &mut Mistakes) -> Option<IdentitySource> {
-        let address = self.ca_address.clone();
-        if address.is_none() {
-            mistakes.0.push("--ca-address is missing, or --spiffe-socket instead".into());
-        }
-        let root = mistakes.required("ca-root", self.ca_root.clone());
-        if address.as_ref().is_some_and(|address| !address.starts_with("https://")) {
-            mistakes.0.push(
-                "--ca-address must start with https://: certificates are never asked for in the clear".into(),
-            );
-        }
-        let credential = match (&self.ca_token_file, &self.ca_node_cert) {
-            (Some(token), None) => Some(Credential::Token(token.clone())),
-            (None, Some(certificate)) => {
-                let key = self.ca_node_key.as_ref().unwrap_or(certificate).clone();
-                Some(Credential::Certificate { certificate: certificate.clone(), key })
-            }
-            (token, _) => {
-                let are = if token.is_some() { "both given" } else { "both missing" };
-                mistakes.0.push(format!(
-                    "--ca-token-file and --ca-node-cert are {are}: one of them proves this node to the authority"
-                ));
-                None
-            }
-        };
-        if self.ca_node_key.is_some() && !matches!(credential, Some(Credential::Certificate { .. })) {
-            mistakes.0.push("--ca-node-key is of no use without --ca-node-cert".into());
-        }
-        Some(IdentitySource::Authority { address: address?, root: root?, credential: credential? })
     }
 
     fn read(path: &Path) -> Result<Self, Error> {
@@ -277,6 +247,9 @@ impl Options {
             config: self.config,
             node: self.node.or(file.node),
             manifests: self.manifests.or(file.manifests),
+            kubernetes: self.kubernetes || file.kubernetes,
+            kubeconfig: self.kubeconfig.or(file.kubeconfig),
+            trust_pod_annotations: self.trust_pod_annotations || file.trust_pod_annotations,
             ca_address: self.ca_address.or(file.ca_address),
             ca_root: self.ca_root.or(file.ca_root),
             ca_token_file: self.ca_token_file.or(file.ca_token_file),
@@ -297,11 +270,47 @@ impl Options {
             access_log: self.access_log.or(file.access_log),
             drain: self.drain.or(file.drain),
             loopback_congestion: self.loopback_congestion.or(file.loopback_congestion),
+            // The last word on a feature counts.
+            feature: [file.feature, self.feature].concat(),
         }
     }
 }
 
 impl Mistakes {
+    fn mesh(&mut self, options: &Options, in_a_pod: bool) -> Option<MeshSource> {
+        let asks_for_api = options.kubernetes || options.kubeconfig.is_some();
+        match &options.manifests {
+            Some(_) if asks_for_api => {
+                self.0.push(
+                    "--manifests and the Kubernetes API (--kubernetes, --kubeconfig) are both given: one \
+                     describes the mesh"
+                        .into(),
+                );
+                None
+            }
+            Some(_) if options.trust_pod_annotations => {
+                self.0.push(
+                    "--trust-pod-annotations is for the Kubernetes API; those of --manifests always count"
+                        .into(),
+                );
+                None
+            }
+            Some(directory) => Some(MeshSource::Directory(directory.clone())),
+            None if asks_for_api || in_a_pod => Some(MeshSource::Kubernetes {
+                kubeconfig: options.kubeconfig.clone(),
+                annotations: options.trust_pod_annotations,
+            }),
+            None => {
+                self.0.push(
+                    "--manifests is missing, and this is no pod of a cluster: give a directory, or the \
+                     --kubeconfig of a cluster"
+                        .into(),
+                );
+                None
+            }
+        }
+    }
+
     fn required<T>(&mut self, flag: &str, value: Option<T>) -> Option<T> {
         if value.is_none() {
             self.0.push(format!("--{flag} is missing"));
@@ -310,6 +319,8 @@ impl Mistakes {
     }
 }
 
+/// Kubernetes sets this in every pod.
+const IN_A_POD: &str = "KUBERNETES_SERVICE_HOST";
 const MAX_WORKERS: usize = 64;
 
 fn default_workers() -> usize {
@@ -320,7 +331,7 @@ fn default_workers() -> usize {
 mod tests {
     use super::*;
 
-    fn complete() -> Options {
+    pub(super) fn complete() -> Options {
         Options {
             node: Some("a".into()),
             manifests: Some("/m".into()),
@@ -328,6 +339,31 @@ mod tests {
             ca_root: Some("/r".into()),
             ca_token_file: Some("/t".into()),
             ..Options::default()
+        }
+    }
+
+    #[test]
+    fn the_mesh_is_described_in_exactly_one_place() {
+        let of = |options: Options, in_a_pod| {
+            let mut mistakes = Mistakes::default();
+            mistakes.mesh(&options, in_a_pod).ok_or_else(|| mistakes.to_string())
+        };
+        let none = || Options::default();
+        let api = |kubeconfig: Option<&str>| MeshSource::Kubernetes {
+            kubeconfig: kubeconfig.map(PathBuf::from),
+            annotations: false,
+        };
+        assert_eq!(of(complete(), true), Ok(MeshSource::Directory("/m".into())));
+        assert_eq!(of(none(), true), Ok(api(None)));
+        assert_eq!(of(Options { kubernetes: true, ..none() }, false), Ok(api(None)));
+        assert_eq!(of(Options { kubeconfig: Some("/k".into()), ..none() }, false), Ok(api(Some("/k"))));
+        for (options, expected) in [
+            (none(), "--manifests is missing, and this is no pod"),
+            (Options { kubernetes: true, ..complete() }, "both given"),
+            (Options { trust_pod_annotations: true, ..complete() }, "--trust-pod-annotations"),
+        ] {
+            let error = of(options, false).unwrap_err();
+            assert!(error.contains(expected), "{error}");
         }
     }
 
@@ -353,51 +389,6 @@ mod tests {
     fn certificates_are_never_asked_for_in_the_clear() {
         let error = Options { ca_address: Some("http://ca:1".into()), ..complete() }.validate().unwrap_err();
         assert!(error.to_string().contains("https://"), "{error}");
-    }
-
-    #[test]
-    fn a_node_proves_itself_in_exactly_one_way() {
-        let certificate = || Some(PathBuf::from("/node.pem"));
-        let with = |options: Options| {
-            options.validate().map(|config| match config.identities {
-                IdentitySource::Authority { credential, .. } => credential,
-                other => panic!("{other:?}"),
-            })
-        };
-        let alone = || Options { ca_token_file: None, ca_node_cert: certificate(), ..complete() };
-        let expected =
-            |key: &str| Credential::Certificate { certificate: "/node.pem".into(), key: key.into() };
-        assert_eq!(with(alone()).unwrap(), expected("/node.pem"));
-        assert_eq!(with(Options { ca_node_key: Some("/k".into()), ..alone() }).unwrap(), expected("/k"));
-        assert_eq!(with(complete()).unwrap(), Credential::Token("/t".into()));
-        for (wrong, expected) in [
-            (Options { ca_node_cert: certificate(), ..complete() }, "both given"),
-            (Options { ca_token_file: None, ..complete() }, "both missing"),
-            (Options { ca_node_key: certificate(), ..complete() }, "--ca-node-key"),
-        ] {
-            let error = with(wrong).unwrap_err().to_string();
-            assert!(error.contains(expected), "{error}");
-        }
-    }
-
-    #[test]
-    fn identities_come_from_exactly_one_place() {
-        let socket = || Some("unix:///run/spire/agent.sock".to_owned());
-        let alone = || Options {
-            node: Some("a".into()),
-            manifests: Some("/m".into()),
-            spiffe_socket: socket(),
-            ..Options::default()
-        };
-        let config = alone().validate().unwrap();
-        assert_eq!(config.identities, IdentitySource::WorkloadApi { socket: socket().unwrap() });
-        let both = Options { spiffe_socket: socket(), certificate_lifetime: Some(1), ..complete() };
-        let error = both.validate().unwrap_err().to_string();
-        for flag in ["--ca-address", "--ca-root", "--ca-token-file", "--certificate-lifetime"] {
-            assert!(error.contains(&format!("{flag} is for a certificate authority")), "{error}");
-        }
-        let neither = Options { spiffe_socket: None, ..alone() }.validate().unwrap_err().to_string();
-        assert!(neither.contains("--ca-address is missing, or --spiffe-socket"), "{neither}");
     }
 
     #[test]

@@ -12,12 +12,14 @@ use arc_swap::ArcSwap;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::capture::{self, Capture};
-use crate::config::{Config, IdentitySource};
+use crate::config::{Config, IdentitySource, MeshSource};
 use crate::drain::Drain;
 use crate::enrolment::Enrolment;
 use crate::explain;
+use crate::features::{Choice, Chosen};
 use crate::identity::{self, Identities};
 use crate::inspect::Inspection;
+use crate::kubernetes::Cluster;
 use crate::mesh::{self, Mesh};
 use crate::observe::{self, Admin, IdentityRow, MeshRow, Observer, Plaintext, PodRow, Readiness};
 use crate::plaintext;
@@ -32,15 +34,27 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         trust_domain: config.trust_domain.clone(),
         root_namespace: config.root_namespace.clone(),
     };
-    let source = mesh::Source::directory(config.manifests.clone(), settings).context("manifests")?;
+    let source = match &config.mesh {
+        MeshSource::Directory(directory) => {
+            mesh::Source::directory(directory.clone(), settings).context("manifests")?
+        }
+        MeshSource::Kubernetes { kubeconfig, annotations } => {
+            let cluster = Cluster::open(kubeconfig.as_deref()).await?;
+            let scope = mesh::Scope::Traffic { annotations: *annotations };
+            mesh::Source::kubernetes(cluster, settings, scope).await
+        }
+    };
     // Before the kernel half: an agent that cannot stay must not replace the programs of the one that runs.
     let admin = Admin::bind(Some(config.admin), Some(&config.admin_socket)).await.context("admin API")?;
+    let chosen = Chosen::at_start(&config.features)?;
+    tracing::info!("this kernel: {chosen}");
     let capture = Arc::new(
         Capture::start(capture::Config {
             cgroup_root: config.cgroup_root.clone(),
             bpffs: config.bpffs.clone(),
             workers: config.workers,
             congestion: config.loopback_congestion.clone(),
+            destroy: chosen.uses(Choice::SocketDestroy),
         })
         .context("kernel half")?,
     );
@@ -62,7 +76,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         inbox.clone(),
     );
     let watch = Arc::new(watch.context("kernel half")?);
-    let tunnel = Arc::new(tunnel::Config::default());
+    let usual = tunnel::Config::default();
+    let retransmit = usual.retransmit.filter(|_| chosen.uses(Choice::TcpRtoMax));
+    let tunnel = Arc::new(tunnel::Config { retransmit, ..usual });
     tokio::spawn(follow_trust(identities.clone(), tunnel.clone()));
     let workers = (0..config.workers)
         .map(|index| {
@@ -100,6 +116,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(identities.clone().run(stopped()));
     let pods = Arc::new(ArcSwap::default());
     provide(&observer, &capture, &identities, &source, pods.clone());
+    observer.set_capabilities(chosen.rows());
     let (asked, counted) = (watch.clone(), watch.clone());
     observer.set_plaintext(Arc::new(move || asked.facts()), Arc::new(move || counted.counts()));
     observer.set_inspector(Arc::new(Inspection {
@@ -197,8 +214,7 @@ impl Control {
             mesh_changes.mark_unchanged();
             identity_changes.mark_unchanged();
             let mesh = self.source.current();
-            let wanted: HashSet<_> =
-                mesh.enrolled_on(&self.config.node).map(|workload| workload.identity.clone()).collect();
+            let wanted: HashSet<_> = mesh.identities_on(&self.config.node).cloned().collect();
             self.identities.want(wanted.clone());
             self.enrolment.reconcile(&mesh).await;
             self.observer.revoke(&|flow| refused_now(&mesh, flow));

@@ -12,7 +12,8 @@ use rcgen::{
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, UnixTime};
 use zeroize::Zeroize;
 
-use super::{Error, directory, request::Request};
+use super::directory::{self, Contents, Stored};
+use super::{Error, request::Request};
 use crate::identity::{Certificate, Revocations, SpiffeId, TrustDomain, to_pem};
 
 /// Certificates are dated back by this much, for peers whose clocks are behind.
@@ -38,8 +39,7 @@ impl CertificateAuthority {
     /// Makes a root that ends with this process.
     pub fn in_memory(trust_domain: TrustDomain, leaf_lifetime: Duration) -> Result<Self, Error> {
         let (root, key) = make_root(&trust_domain)?;
-        let stored = directory::Stored::root(root, key);
-        Self::new(trust_domain, leaf_lifetime, stored)
+        Self::new(trust_domain, leaf_lifetime, Stored::root(root, key))
     }
 
     /// Reads the authority from a directory laid out as Istio's `cacerts`; makes a root there if it has none of the
@@ -53,9 +53,9 @@ impl CertificateAuthority {
             Some(stored) => stored,
             None => {
                 let (root, key) = make_root(&trust_domain)?;
-                directory::write(dir, &root, &key.0)?;
+                directory::write(dir, &Contents::root(&root, &key))?;
                 tracing::info!(dir = %dir.display(), "made a root, because the directory had none");
-                directory::Stored::root(root, key)
+                Stored::root(root, key)
             }
         };
         Self::proven(dir, trust_domain, leaf_lifetime, stored)
@@ -75,11 +75,18 @@ impl CertificateAuthority {
         Self::proven(dir, trust_domain, leaf_lifetime, stored)
     }
 
-    fn proven(
+    /// The files of a root made now.
+    pub(super) fn new_root(trust_domain: &TrustDomain) -> Result<Contents, Error> {
+        let (root, key) = make_root(trust_domain)?;
+        Ok(Contents::root(&root, &key))
+    }
+
+    /// An authority of files that are kept anywhere; `dir` names the place in errors.
+    pub(super) fn proven(
         dir: &Path,
         trust_domain: TrustDomain,
         leaf_lifetime: Duration,
-        stored: directory::Stored,
+        stored: Stored,
     ) -> Result<Self, Error> {
         let authority = Self::new(trust_domain, leaf_lifetime, stored)?;
         authority.prove().map_err(|fault| match fault {
@@ -89,12 +96,8 @@ impl CertificateAuthority {
         Ok(authority)
     }
 
-    fn new(
-        trust_domain: TrustDomain,
-        leaf_lifetime: Duration,
-        stored: directory::Stored,
-    ) -> Result<Self, Error> {
-        let directory::Stored { signer, key, intermediates, roots, revocations } = stored;
+    fn new(trust_domain: TrustDomain, leaf_lifetime: Duration, stored: Stored) -> Result<Self, Error> {
+        let Stored { signer, key, intermediates, roots, revocations } = stored;
         let issuer = Issuer::from_ca_cert_der(&signer, key)
             .map_err(|source| Error::Make { what: "an issuer of the signing certificate", source })?;
         let not_after = std::iter::once(&signer)
