@@ -12,7 +12,7 @@ use arc_swap::ArcSwap;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::capture::{self, Capture};
-use crate::config::{Config, MeshSource};
+use crate::config::{Config, IdentitySource, MeshSource};
 use crate::drain::Drain;
 use crate::enrolment::Enrolment;
 use crate::explain;
@@ -58,14 +58,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         })
         .context("kernel half")?,
     );
-    let authority = identity::RemoteAuthority::new(
-        &config.ca_address,
-        config.ca_root.clone(),
-        config.ca_credential.clone(),
-    )
-    .context("certificate authority")?;
-    let settings = identity::Config { lifetime: config.certificate_lifetime, ..identity::Config::default() };
-    let identities = Identities::new(Arc::new(authority), settings);
+    let identities = identities(&config)?;
     let observer = Observer::new(observe::Settings {
         access_log: config.access_log,
         ..observe::Settings::new(config.node.clone())
@@ -86,6 +79,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let usual = tunnel::Config::default();
     let retransmit = usual.retransmit.filter(|_| chosen.uses(Choice::TcpRtoMax));
     let tunnel = Arc::new(tunnel::Config { retransmit, ..usual });
+    tokio::spawn(follow_trust(identities.clone(), tunnel.clone()));
     let workers = (0..config.workers)
         .map(|index| {
             let worker = Worker {
@@ -159,6 +153,44 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let _ = tokio::time::timeout(Duration::from_secs(2), admin).await;
     observer.flush_access_log(Duration::from_secs(1));
     Ok(())
+}
+
+fn identities(config: &Config) -> anyhow::Result<Arc<Identities>> {
+    let settings = identity::Config {
+        lifetime: config.certificate_lifetime,
+        revocation_file: config.crl.clone(),
+        ..identity::Config::default()
+    };
+    Ok(match &config.identities {
+        IdentitySource::Authority { address, root, credential } => {
+            let authority = identity::RemoteAuthority::new(address, root.clone(), credential.clone())
+                .context("certificate authority")?;
+            Identities::new(Arc::new(authority), settings)
+        }
+        IdentitySource::WorkloadApi { socket } => {
+            let api = identity::WorkloadApi::new(socket).context("SPIFFE Workload API")?;
+            Identities::from_workload_api(api, settings)
+        }
+    })
+}
+
+/// Judges the peers of open tunnels again whenever roots or revocation lists change.
+async fn follow_trust(identities: Arc<Identities>, tunnel: Arc<tunnel::Config>) {
+    let mut changes = identities.subscribe();
+    loop {
+        changes.mark_unchanged();
+        let current = || identities.status().into_iter().filter_map(|status| identities.current(&status.id));
+        tokio::task::block_in_place(|| {
+            for identity in current() {
+                if let Err(error) = tunnel.trust(&identity) {
+                    tracing::error!(id = %identity.svid.id, %error, "peers cannot be judged by this certificate");
+                }
+            }
+        });
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
 }
 
 /// Follows the mesh and the certificates; the only place where enrolment changes.

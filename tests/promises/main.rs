@@ -18,6 +18,7 @@ mod lab_itself;
 mod load;
 mod observed;
 mod readiness;
+mod revocation;
 mod services;
 mod strict;
 mod transparent;

@@ -16,6 +16,7 @@ use prometheus_client::registry::Registry;
 
 use crate::mesh::Workload;
 use crate::plaintext;
+use crate::tunnel::HandshakeFailure;
 
 mod access_log;
 mod admin;
@@ -53,7 +54,7 @@ use traffic::Traffic;
 pub use access_log::AccessLog;
 pub use admin::Admin;
 pub use connections::Connection;
-pub use flow::{Direction, Ending, Flow, HandshakeFailure, Party, Path, Refusal};
+pub use flow::{Direction, Ending, Flow, Party, Path, Refusal};
 pub use inspection::{
     CertificateRow, ChainRow, EndedRow, EndpointRow, Filter, Inspector, Judged, Listing, ModesRow, PolicyRow,
     ServiceRow, WorkloadRow,
@@ -62,7 +63,7 @@ pub use metrics::Plaintext;
 pub use readiness::{Condition, Readiness};
 pub use status::{
     AgentRow, ConnectionRow, ConnectionRows, Enrolment, IdentityRow, IssuerRole, IssuerRow, MeshRow,
-    OpenCount, PartyRow, PodRow, Status,
+    OpenCount, PartyRow, PodRow, RevocationRow, Status,
 };
 pub use verification::{CheckRow, End, Pair, Proof, Unverifiable, Verification};
 pub use workload_labels::controller;
