@@ -19,6 +19,7 @@
 //! | [`policy`] | (peer, workload, port) → [`policy::Authorized`] or a reason; pure |
 //! | [`tunnel`] | captured stream + destination ↔ authenticated tunnel |
 //! | [`relay`] | two streams → a report |
+//! | [`direct`] | policy and pods of one node → grants to connect without the agent |
 //! | [`ca`] | certificate signing requests → certificates |
 //! | [`plaintext`] | plaintext that was seen → readiness for STRICT |
 //! | [`succession`] | another agent → its place, without a connection refused |
@@ -36,6 +37,8 @@ pub mod cli;
 pub mod cni;
 pub mod config;
 pub mod connection;
+pub mod control;
+pub mod direct;
 pub mod door;
 pub mod drain;
 pub mod enrolment;

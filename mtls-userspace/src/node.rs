@@ -3,7 +3,6 @@
 //! Control (mesh source, identities, admin, enrolment) runs on a runtime of its own, so that a heavy scrape or a
 //! slow authority never stalls traffic; data threads are in [`crate::worker`].
 
-use std::collections::HashSet;
 use std::pin::pin;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -16,21 +15,22 @@ use tokio::time::timeout;
 
 use crate::capture::{self, Capture};
 use crate::cni::Admissions;
-use crate::config::{Config, MeshSource};
+use crate::config::{Config, IdentitySource, MeshSource, SameNode};
+use crate::control::Control;
+use crate::direct::Direct;
 use crate::door::Door;
-use crate::drain::Drain;
+use crate::drain::{Drain, Working};
 use crate::enrolment::Enrolment;
 use crate::explain;
 use crate::features::{Choice, Chosen};
-use crate::identity::{self, Identities, SpiffeId};
+use crate::identity::{self, Identities};
 use crate::inspect::Inspection;
 use crate::kubernetes::Cluster;
 use crate::locate::Locator;
-use crate::mesh::{self, Mesh};
+use crate::mesh;
 use crate::observe::{self, Admin, IdentityRow, MeshRow, Observer, Plaintext, PodRow, Readiness};
 use crate::plaintext;
-use crate::policy::{Peer, Request};
-use crate::succession::{Part, Phase, Predecessor, Reign};
+use crate::succession::{Phase, Predecessor, Reign};
 use crate::tenure::{Sockets, Tenure};
 use crate::tunnel;
 use crate::worker::{self, LocalPods, Worker};
@@ -71,14 +71,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         })
         .context("kernel half")?,
     );
-    let authority = identity::RemoteAuthority::new(
-        &config.ca_address,
-        config.ca_root.clone(),
-        config.ca_credential.clone(),
-    )
-    .context("certificate authority")?;
-    let settings = identity::Config { lifetime: config.certificate_lifetime, ..identity::Config::default() };
-    let identities = Identities::new(Arc::new(authority), settings);
+    let identities = identities(&config)?;
     let observer = Observer::new(observe::Settings {
         access_log: config.access_log,
         ..observe::Settings::new(config.node.clone())
@@ -96,9 +89,19 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         inbox.clone(),
     );
     let watch = Arc::new(watch.context("kernel half")?);
+    let direct = Direct::new(
+        config.node.clone(),
+        config.same_node == SameNode::Direct,
+        capture.clone(),
+        local.clone(),
+        source.clone(),
+        observer.clone(),
+    )
+    .context("kernel half")?;
     let usual = tunnel::Config::default();
     let retransmit = usual.retransmit.filter(|_| chosen.uses(Choice::TcpRtoMax));
     let tunnel = Arc::new(tunnel::Config { retransmit, ..usual });
+    tokio::spawn(follow_trust(identities.clone(), tunnel.clone()));
     let workers = (0..config.workers)
         .map(|index| {
             let worker = Worker {
@@ -111,6 +114,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
                 observer: observer.clone(),
                 plaintext: inbox.clone(),
                 same_node: config.same_node,
+                direct: direct.clone(),
                 congestion: config.loopback_congestion.clone(),
             };
             let working = drain.working().context("draining already")?;
@@ -141,6 +145,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     observer.set_capabilities(chosen.rows());
     let (asked, counted) = (watch.clone(), watch.clone());
     observer.set_plaintext(Arc::new(move || asked.facts()), Arc::new(move || counted.counts()));
+    let shown = direct.clone();
+    observer.set_refresh(Arc::new(move || shown.refresh()));
     observer.set_inspector(Arc::new(Inspection {
         node: config.node.clone(),
         mesh: source.clone(),
@@ -176,6 +182,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         tokio::spawn(watch_kernel(events, source.clone(), observer.clone(), inbox, watch.clone()));
     }
     tokio::spawn(watch.run(stopped()));
+    if let Some(endings) = capture.endings() {
+        tokio::spawn(direct.clone().follow(endings));
+    }
     let control = Control {
         config: config.clone(),
         source,
@@ -183,11 +192,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         enrolment,
         admissions,
         observer: observer.clone(),
+        direct: direct.clone(),
         pods,
         reign: reign.clone(),
         settled: None,
     };
-    let begun = tokio::spawn(begin(tenure, control, predecessor, sockets, readiness));
+    let draining = drain.working().context("draining already")?;
+    let begun = tokio::spawn(begin(tenure, control, predecessor, sockets, readiness, draining));
 
     tracing::info!(node = %config.node, workers = config.workers, "agent runs");
     let retired = async {
@@ -207,6 +218,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         }
         () = retired => {
             drain.begin();
+            direct.hand_over();
             tokio::select! {
                 signal = &mut signal => signal?,
                 () = reign.reaches(|phase| *phase == Phase::Orphaned) => {
@@ -221,9 +233,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             open = observer.open_connections(),
             "drain time is over: resetting what is still open"
         );
-        observer.revoke(&|_| Some("agent stopped".into()));
+        observer.revoke(&|flow| (flow.path != observe::Path::Direct).then(|| "agent stopped".into()));
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+    direct.hand_over();
     capture.shutdown_unregister();
     stop.send_replace(true);
     let last = async { tokio::join!(port, begun) };
@@ -244,11 +257,15 @@ async fn begin(
     predecessor: Option<Predecessor>,
     sockets: Option<Sockets>,
     readiness: Readiness,
+    mut draining: Working,
 ) {
     if let Some(mut predecessor) = predecessor {
         // Registered before any can be met.
         let [succession, ..] = ["succession", "pods", "identities"].map(|name| readiness.condition(name));
-        control.await_certificates(&mut predecessor, &succession).await;
+        tokio::select! {
+            () = control.await_certificates(&mut predecessor, &succession) => {}
+            () = draining.stopping() => return,
+        }
         match predecessor.take_over().await {
             Ok(()) => {
                 let (settled, all) = oneshot::channel();
@@ -276,105 +293,45 @@ async fn begin(
         },
     };
     let sockets = tokio::spawn(tenure.keep_sockets(sockets));
+    tokio::spawn(control.direct.clone().run(async move { draining.stopping().await }));
     tokio::spawn(control.run(readiness));
     let _ = sockets.await;
 }
 
-/// Follows the mesh and the certificates; the only place where enrolment changes.
-struct Control {
-    config: Arc<Config>,
-    source: mesh::Source,
-    identities: Arc<Identities>,
-    enrolment: Enrolment,
-    admissions: Arc<Admissions>,
-    observer: Observer,
-    /// What the admin API shows of this node's pods.
-    pods: Arc<ArcSwap<Vec<PodRow>>>,
-    reign: Arc<Reign>,
-    /// Whom to tell that every pod is enrolled.
-    settled: Option<oneshot::Sender<()>>,
+fn identities(config: &Config) -> anyhow::Result<Arc<Identities>> {
+    let settings = identity::Config {
+        lifetime: config.certificate_lifetime,
+        revocation_file: config.crl.clone(),
+        ..identity::Config::default()
+    };
+    Ok(match &config.identities {
+        IdentitySource::Authority { address, root, credential } => {
+            let authority = identity::RemoteAuthority::new(address, root.clone(), credential.clone())
+                .context("certificate authority")?;
+            Identities::new(Arc::new(authority), settings)
+        }
+        IdentitySource::WorkloadApi { socket } => {
+            let api = identity::WorkloadApi::new(socket).context("SPIFFE Workload API")?;
+            Identities::from_workload_api(api, settings)
+        }
+    })
 }
 
-impl Control {
-    /// Waits until this agent can prove whatever its predecessor can, or that one is gone.
-    async fn await_certificates(&self, predecessor: &mut Predecessor, succession: &observe::Condition) {
-        let mut mesh_changes = self.source.subscribe();
-        let mut identity_changes = self.identities.subscribe();
-        loop {
-            mesh_changes.mark_unchanged();
-            identity_changes.mark_unchanged();
-            let mesh = self.source.current();
-            let wanted: HashSet<_> = mesh.identities_on(&self.config.node).cloned().collect();
-            self.identities.want(wanted.clone());
-            let is_missing =
-                |id: &&SpiffeId| self.identities.current(id).is_none() && predecessor.has(&id.to_string());
-            let Some(missing) = wanted.iter().find(is_missing) else { return };
-            succession.not_ready(format!(
-                "the agent that runs here has a certificate for {missing}, this one not yet"
-            ));
-            tokio::select! {
-                changed = mesh_changes.changed() => if changed.is_err() { return },
-                changed = identity_changes.changed() => if changed.is_err() { return },
-                () = predecessor.gone() => return,
-            }
-        }
-    }
-
-    async fn run(mut self, readiness: Readiness) {
-        let pods_ready = readiness.condition("pods");
-        let identities_ready = readiness.condition("identities");
-        let mut mesh_changes = self.source.subscribe();
-        let mut identity_changes = self.identities.subscribe();
-        let mut arrivals = self.admissions.subscribe();
-        let mut phases = self.reign.subscribe();
-        let mut hold = Some(self.reign.hold(Part::Control));
-        loop {
-            let rules = *phases.borrow_and_update() < Phase::Frozen;
-            match (rules, &hold) {
-                (true, None) => {
-                    hold = Some(self.reign.hold(Part::Control));
-                    self.enrolment.renew();
+/// Judges the peers of open tunnels again whenever roots or revocation lists change.
+async fn follow_trust(identities: Arc<Identities>, tunnel: Arc<tunnel::Config>) {
+    let mut changes = identities.subscribe();
+    loop {
+        changes.mark_unchanged();
+        let current = || identities.status().into_iter().filter_map(|status| identities.current(&status.id));
+        tokio::task::block_in_place(|| {
+            for identity in current() {
+                if let Err(error) = tunnel.trust(&identity) {
+                    tracing::error!(id = %identity.svid.id, %error, "peers cannot be judged by this certificate");
                 }
-                (false, Some(_)) => hold = None,
-                _ => {}
             }
-            arrivals.mark_unchanged();
-            mesh_changes.mark_unchanged();
-            identity_changes.mark_unchanged();
-            let mesh = self.source.current();
-            let wanted: HashSet<_> = mesh.identities_on(&self.config.node).cloned().collect();
-            self.identities.want(wanted.clone());
-            // What is open here is still judged here when another agent has the pods.
-            self.observer.revoke(&|flow| refused_now(&mesh, flow));
-            if rules {
-                self.enrolment.reconcile(&mesh).await;
-                self.enrolment.verify(&self.identities);
-            }
-            self.pods.store(Arc::new(self.enrolment.rows(&mesh)));
-            if self.enrolment.failed().is_empty()
-                && let Some(settled) = self.settled.take()
-            {
-                let _ = settled.send(());
-            }
-
-            match self.enrolment.failed().iter().next() {
-                None => pods_ready.set_ready(),
-                Some((name, reason)) => pods_ready.not_ready(format!("{name}: {reason}")),
-            }
-            match wanted.iter().find(|id| self.identities.current(id).is_none()) {
-                None => identities_ready.set_ready(),
-                Some(id) => identities_ready.not_ready(format!("no certificate for {id} yet")),
-            }
-            // Pods that could not be enrolled are tried again soon; a namespace replaced under its path is noticed.
-            let again =
-                if self.enrolment.is_settled() { Duration::from_secs(5) } else { Duration::from_secs(1) };
-            tokio::select! {
-                changed = mesh_changes.changed() => if changed.is_err() { return },
-                changed = identity_changes.changed() => if changed.is_err() { return },
-                changed = arrivals.changed() => if changed.is_err() { return },
-                changed = phases.changed() => if changed.is_err() { return },
-                () = tokio::time::sleep(again) => {}
-            }
+        });
+        if changes.changed().await.is_err() {
+            return;
         }
     }
 }
@@ -410,26 +367,6 @@ fn provide(
             errors: source.errors(),
         }
     }));
-}
-
-/// Whether an open connection would be refused under this snapshot, and by what.
-fn refused_now(mesh: &Mesh, flow: &observe::Flow) -> Option<Arc<str>> {
-    let destination = flow.destination.workload.as_ref()?;
-    // The workload as it is now: its labels may have changed.
-    let Some(now) = mesh.workload(flow.address.ip()).filter(|now| now.key() == destination.key()) else {
-        return Some("the destination pod is gone".into());
-    };
-    let judged_here = flow.direction == observe::Direction::Inbound || flow.path == observe::Path::SameNode;
-    if !judged_here {
-        return None;
-    }
-    let peer = match &flow.source.identity {
-        Some(identity) => Peer::Verified(identity),
-        None => Peer::Plaintext,
-    };
-    let request =
-        Request { destination: now, address: flow.address, source_ip: flow.original_src.ip(), peer };
-    mesh.policies.authorize(&request).err().map(|denied| denied.to_string().into())
 }
 
 async fn wait_for_signal() -> anyhow::Result<()> {
