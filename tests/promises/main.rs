@@ -20,6 +20,7 @@ mod observed;
 mod readiness;
 mod revocation;
 mod services;
+mod spiffe;
 mod strict;
 mod transparent;
 mod verify;
