@@ -119,6 +119,9 @@ pub enum SameNode {
     Relay,
     /// Through a TLS tunnel, as between nodes
     Encrypt,
+    /// From pod to pod in the kernel, once the first connection of a pair was let in: nobody copies a byte. They cross
+    /// the node's pod network (veth, bridge) as the application wrote them
+    Direct,
 }
 
 /// Where the mesh is described.

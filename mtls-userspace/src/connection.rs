@@ -67,7 +67,7 @@ enum Far {
 }
 
 /// From a captured socket to the far side; `None` once the refusal is recorded.
-async fn open_outbound(worker: &Worker, pod: &Pod, app: &TcpStream) -> Option<Opened> {
+async fn open_outbound(worker: &Worker, pod: &Arc<Pod>, app: &TcpStream) -> Option<Opened> {
     let captured = match Captured::identify(pod, app) {
         Ok(captured) => captured,
         Err(error) => {
@@ -94,7 +94,7 @@ async fn open_outbound(worker: &Worker, pod: &Pod, app: &TcpStream) -> Option<Op
             pass_through(worker, pod, flow).await
         }
         Destination::Workload { workload, address, service } => match worker.neighbour(&workload) {
-            Some(neighbour) => same_node(worker, captured, neighbour, address, service).await,
+            Some(neighbour) => same_node(worker, pod, captured, neighbour, address, service).await,
             None => through_tunnel(worker, pod, captured, workload, address, service).await,
         },
     }
@@ -112,6 +112,7 @@ async fn pass_through(worker: &Worker, pod: &Pod, flow: Flow) -> Option<Opened> 
 /// bytes go from loopback to loopback.
 async fn same_node(
     worker: &Worker,
+    pod: &Arc<Pod>,
     captured: Captured,
     neighbour: Arc<Pod>,
     address: SocketAddr,
@@ -131,6 +132,7 @@ async fn same_node(
         Ok(permit) => permit,
         Err(denied) => return refuse(worker, flow, Refusal::Denied(denied)),
     };
+    worker.direct.offer(pod, captured.destination, address);
     match deliver(worker, &neighbour, address, captured.source, permit).await {
         Ok(far) => Some(Opened { open: worker.observer.open(flow), far: Far::Plain(far) }),
         Err(error) => refuse(worker, flow, outcome::unreachable(&error)),

@@ -34,7 +34,7 @@ pub fn no_tunnel(error: &tunnel::Error) -> Refusal {
 /// What the client's agent is told.
 pub fn rejection(refusal: &Refusal) -> Rejection {
     let reason = match refusal {
-        Refusal::Denied(_) | Refusal::ForgedSource => RejectReason::Denied,
+        Refusal::Denied(_) | Refusal::ForgedSource | Refusal::Stale => RejectReason::Denied,
         Refusal::ConnectRefused => RejectReason::ConnectionRefused,
         Refusal::ConnectTimeout => RejectReason::TimedOut,
         Refusal::Overloaded => RejectReason::Unavailable,

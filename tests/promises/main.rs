@@ -6,6 +6,7 @@ mod applications;
 mod authorization;
 mod bench;
 mod configuration;
+mod direct;
 mod encrypted;
 mod endings;
 mod failures;
