@@ -24,6 +24,7 @@ mod packet;
 mod place;
 mod process;
 mod requirements;
+mod spire;
 mod teardown;
 mod wire;
 
@@ -42,6 +43,7 @@ pub use network::{cut, sysctl};
 pub use place::{Node, Pod, PodSpec};
 pub use process::{Finished, PATIENCE, Running};
 pub use requirements::{find, lab_app, missing, mtls, skip};
+pub use spire::{Said, Spire, SpireAuthority, Svid};
 pub use wire::{Encrypted, Flow, Seen, Wire};
 
 /// Sent by applications so that a capture can look for it.

@@ -22,6 +22,7 @@ mod pods;
 mod readiness;
 mod revocation;
 mod services;
+mod spiffe;
 mod strict;
 mod succession;
 mod transparent;
