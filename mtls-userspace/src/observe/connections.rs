@@ -170,6 +170,13 @@ impl Connection {
         }
     }
 
+    /// Notes why the connection is about to be stopped, where it was not the observer who asked for it.
+    pub fn revoke(&self, reason: Arc<str>) {
+        if self.open.revoke(reason) {
+            self.observer.inner.events.revoked.inc();
+        }
+    }
+
     /// Ends the connection: counters and one access-log line.
     pub fn close(mut self, ending: Ending) {
         self.end(ending);

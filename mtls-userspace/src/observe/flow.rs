@@ -10,6 +10,7 @@ use crate::addr::{OriginalDst, OriginalSrc};
 use crate::identity::SpiffeId;
 use crate::mesh::Workload;
 use crate::policy::{Denied, Reason};
+use crate::tunnel::HandshakeFailure;
 
 /// Which end of the connection this agent stands at.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -218,40 +219,6 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// Why a TLS handshake did not produce an authenticated peer.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum HandshakeFailure {
-    /// The peer's chain ends in no root of the bundle.
-    UnknownCa,
-    Expired,
-    /// A valid certificate of somebody else.
-    WrongIdentity,
-    WrongTrustDomain,
-    NoCertificate,
-    Revoked,
-    /// Not TLS 1.3, no common suite or protocol, garbage.
-    Protocol,
-    Timeout,
-    /// The connection broke before the handshake ended.
-    Io,
-}
-
-impl HandshakeFailure {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::UnknownCa => "unknown_ca",
-            Self::Expired => "expired",
-            Self::WrongIdentity => "wrong_identity",
-            Self::WrongTrustDomain => "wrong_trust_domain",
-            Self::NoCertificate => "no_certificate",
-            Self::Revoked => "revoked",
-            Self::Protocol => "protocol",
-            Self::Timeout => "timeout",
-            Self::Io => "io",
-        }
-    }
-}
-
 /// How an open connection ended.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Ending {
@@ -261,7 +228,7 @@ pub enum Ending {
     ResetByDestination,
     /// The far side said no after this side had accepted.
     Rejected(Refusal),
-    /// Policy changed; names the policy that now refuses.
+    /// Policy changed, and this names the policy that now refuses; or the peer is no longer trusted.
     Revoked(Arc<str>),
     /// The tunnel ended without an end of stream: bytes may be missing.
     Truncated,

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use mtls::observe::{Connection, Direction, Ending, Flow, HandshakeFailure, Path, Refusal, Settings};
+use mtls::observe::{Connection, Direction, Ending, Flow, Path, Refusal, Settings};
 use mtls::policy::Reason;
+use mtls::tunnel::HandshakeFailure;
 
 use crate::agent::Agent;
 use crate::exposition::Labels;
