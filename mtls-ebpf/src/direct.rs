@@ -15,6 +15,7 @@
 //! the last time, and the agent takes a grant back before it reads the records: a connection that was judged by an older
 //! policy is either refused here or found there.
 
+use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{
     bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_ktime_get_ns, bpf_map_lookup_elem, bpf_setsockopt,
@@ -34,6 +35,9 @@ use crate::sock_ops::{incoming, outgoing, socket};
 /// Set by userspace; a constant to the verifier, which then never looks at a helper that the kernel lacks.
 #[unsafe(no_mangle)]
 static TELLS_MPTCP: u32 = 0;
+
+/// Bytes of endings that the agent is woken for: an eighth of the room for them.
+const WORTH_WAKING: u64 = 128 * 1024;
 
 const TCP_SYN_SENT: u32 = 2;
 const TCP_FIN_WAIT2: u32 = 5;
@@ -256,12 +260,15 @@ fn end(flow: &Flow, client_last: bool) {
     if DIRECT.remove(flow).is_err() {
         return;
     }
+    // Waking the agent for each would cost more than all the rest: it looks by itself every few milliseconds.
+    let is_filling = ENDINGS.query(u64::from(BPF_RB_AVAIL_DATA)) > WORTH_WAKING;
+    let waking = u64::from(if is_filling { BPF_RB_FORCE_WAKEUP } else { BPF_RB_NO_WAKEUP });
     match ENDINGS.reserve::<Ended>(0) {
         Some(mut room) => {
             // SAFETY: a helper without arguments.
             let time_ns = unsafe { bpf_ktime_get_ns() };
             room.write(Ended { time_ns, flow: *flow, direct, client_last: client_last.into(), pad: 0 });
-            room.submit(0);
+            room.submit(waking);
         }
         None => count(Counter::LostEndings),
     }

@@ -22,6 +22,9 @@ use super::sys;
 const CLOSED_WELL: [u32; 4] = [5, 6, 9, 11];
 const SYN_SENT: u32 = 2;
 
+/// The kernel half wakes nobody for a few endings: they are looked for this often.
+const LOOK: Duration = Duration::from_millis(50);
+
 /// What names a direct connection: both ends' own addresses.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct DirectFlow {
@@ -186,7 +189,10 @@ impl Endings {
                     None => continue,
                 }
             }
-            readiness.readable().await?.clear_ready();
+            tokio::select! {
+                ready = readiness.readable() => ready?.clear_ready(),
+                () = tokio::time::sleep(LOOK) => {}
+            }
         }
     }
 }

@@ -46,7 +46,7 @@ impl Direct {
         let key = (client.socket.netns_cookie(), service.addr());
         let mut grants = self.grants();
         let Some(mesh) = self.mesh_of(&grants) else { return };
-        if grants.services.contains_key(&key) || grants.services.len() >= MOST_SERVICES {
+        if grants.services.len() >= MOST_SERVICES && !grants.services.contains_key(&key) {
             return;
         }
         let Some(endpoints) = self.endpoints(&mesh, service) else { return };
@@ -76,11 +76,8 @@ impl Direct {
     fn grant_by(&self, mesh: &Mesh, grants: &mut Grants, client: &Arc<Pod>, to: SocketAddr) -> bool {
         let key = (client.socket.netns_cookie(), to);
         let Some(server) = self.local.at(to.ip()) else { return false };
-        let is_given = |given: &Given| given.server.socket.netns_cookie() == server.socket.netns_cookie();
-        if grants.given.get(&key).is_some_and(is_given) {
-            return true;
-        }
-        if grants.given.len() >= MOST
+        // One that is given already is given again: an agent that began to take over may have dropped it.
+        if (grants.given.len() >= MOST && !grants.given.contains_key(&key))
             || !is_allowed(mesh, &self.node, &client.workload.load(), &server.workload.load(), to)
         {
             return false;
