@@ -11,11 +11,13 @@
 //! | room | takes → gives |
 //! |---|---|
 //! | [`capture`] | pods → captured streams; the only room that speaks to the kernel half |
+//! | [`features`] | a machine → what its kernel can do, and what the agent makes of it |
 //! | [`mesh`] | manifests, or a Kubernetes API server's objects → an immutable [`mesh::Mesh`] snapshot |
 //! | [`identity`] | SPIFFE ID → current certificate, key and trust bundle |
 //! | [`policy`] | (peer, workload, port) → [`policy::Authorized`] or a reason; pure |
 //! | [`tunnel`] | captured stream + destination ↔ authenticated tunnel |
 //! | [`relay`] | two streams → a report |
+//! | [`direct`] | policy and pods of one node → grants to connect without the agent |
 //! | [`ca`] | certificate signing requests → certificates |
 //! | [`plaintext`] | plaintext that was seen → readiness for STRICT |
 //! | [`observe`] | counters, access log, admin API |
@@ -30,9 +32,11 @@ pub mod capture;
 pub mod cli;
 pub mod config;
 pub mod connection;
+pub mod direct;
 pub mod drain;
 pub mod enrolment;
 pub mod explain;
+pub mod features;
 pub mod identity;
 pub mod inspect;
 pub mod kubernetes;

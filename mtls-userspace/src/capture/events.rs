@@ -52,6 +52,11 @@ impl Events {
         Self { ring, log, readiness: None }
     }
 
+    /// An event that is there already.
+    pub(super) fn take(&mut self) -> Option<Event> {
+        std::iter::from_fn(|| self.ring.next().map(|record| parse(&record))).flatten().next()
+    }
+
     /// The next event. Cancel safe.
     pub async fn next(&mut self) -> io::Result<Event> {
         let readiness = match &mut self.readiness {
@@ -80,7 +85,7 @@ impl Events {
 
 /// None for a kind that this version doesn't know.
 fn parse(record: &[u8]) -> Option<Event> {
-    let raw = sys::event(record)?;
+    let raw: mtls_common::Event = sys::record(record)?;
     let kind = match raw.kind {
         event::PLAINTEXT_ACCEPTED => EventKind::PlaintextAccepted,
         event::PLAINTEXT_REFUSED => EventKind::PlaintextRefused,

@@ -6,15 +6,17 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use ipnet::IpNet;
-use mtls_common::{ListenerKey, ModeKey, OUTBOUND_PORT, TUNNEL_PORT, claim, listener, map, mode, program};
+use mtls_common::{ListenerKey, ModeKey, OUTBOUND_PORT, TUNNEL_PORT, claim, listener, map, mode};
 
 use super::address::{key4, key6, words};
+use super::diag::Tcp;
 use super::error::Error;
+use super::kernel::HOOKS;
 use super::modes::KernelModes;
 use super::netns::Netns;
 use super::node::{Capture, on};
 use super::pod::LocalPod;
-use super::sys::{self, AttachType, LinkTarget};
+use super::sys::{self, LinkTarget};
 use crate::policy::PortModes;
 
 /// One thing that must hold for a pod to be protected.
@@ -33,15 +35,6 @@ pub struct Place<'a> {
     pub netns: Option<&'a Path>,
     pub cgroup: Option<&'a Path>,
 }
-
-/// The hooks that a captured connect needs.
-const HOOKS: [(&str, AttachType); 5] = [
-    (program::CONNECT4, AttachType::Connect4),
-    (program::CONNECT6, AttachType::Connect6),
-    (program::SOCK_OPS, AttachType::SockOps),
-    (program::GETPEERNAME4, AttachType::Getpeername4),
-    (program::GETPEERNAME6, AttachType::Getpeername6),
-];
 
 impl Capture {
     /// Whether the pod's connections to `to` are captured: all addresses of the destination pod that it can dial.
@@ -204,10 +197,12 @@ fn namespace(pod: &LocalPod, place: Place<'_>) -> Outcome {
     })
 }
 
-/// Captured sockets are connected to the listener. One that is connected to the destination itself was not captured.
+/// Captured sockets are connected to the listener. One that is connected to the destination itself was not captured,
+/// unless the kernel half let it through by a grant.
 fn direct(pod: &LocalPod, to: &[SocketAddr]) -> Outcome {
     let (_, connected) = pod.sockets()?;
-    let count = connected.iter().filter(|socket| to.contains(&socket.remote)).count();
+    let is_ungranted = |socket: &&Tcp| !pod.is_direct(socket.local, socket.remote);
+    let count = connected.iter().filter(|tcp| to.contains(&tcp.remote)).filter(is_ungranted).count();
     Ok((count == 0, format!("{count} open connections of the pod go to {} past the agent", list(to))))
 }
 

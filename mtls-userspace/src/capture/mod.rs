@@ -8,6 +8,7 @@
 mod address;
 
 mod diag;
+mod direct;
 mod enrol;
 mod error;
 mod events;
@@ -20,6 +21,7 @@ mod node;
 mod pin;
 mod pod;
 mod preflight;
+pub mod probe;
 mod sys;
 
 use std::net::{IpAddr, TcpListener};
@@ -28,6 +30,7 @@ use std::sync::Arc;
 
 use crate::policy::PortModes;
 
+pub use direct::{DirectFlow, DirectRecord, Ending, Endings, How};
 pub use error::Error;
 pub use events::{Event, EventKind, Events};
 pub use examine::{Fact, Place};
@@ -47,6 +50,8 @@ pub struct Config {
     /// Congestion control of connections over loopback. Absent: `cubic`, or `reno` where that is missing. Empty: the
     /// system's default.
     pub congestion: Option<String>,
+    /// Whether connections may be ended from outside; else those that would have to be are an error.
+    pub destroy: bool,
 }
 
 pub struct Enrolment<'a> {

@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
 
-use mtls_common::{Event, Note};
+use mtls_common::Note;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -30,6 +30,7 @@ pub(super) enum LinkTarget {
     Other,
 }
 
+const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
@@ -60,6 +61,21 @@ struct ObjectAttr {
     path: u64,
     fd: u32,
     flags: u32,
+}
+
+/// A map that is there to be pinned: one number by another.
+pub(super) fn create_hash() -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct CreateAttr {
+        kind: u32,
+        key_size: u32,
+        value_size: u32,
+        max_entries: u32,
+    }
+    const BPF_MAP_TYPE_HASH: u32 = 1;
+    let mut attr = CreateAttr { kind: BPF_MAP_TYPE_HASH, key_size: 4, value_size: 4, max_entries: 1 };
+    // SAFETY: numbers only.
+    unsafe { bpf(BPF_MAP_CREATE, &mut attr) }.map(owned)
 }
 
 pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
@@ -255,13 +271,13 @@ pub(super) fn borrow(socket: &impl AsRawFd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) }
 }
 
-/// A record of the ring buffer; none if it is too short for one.
-pub(super) fn event(record: &[u8]) -> Option<Event> {
-    if record.len() < size_of::<Event>() {
+/// A record of a ring buffer; none if it is too short for one.
+pub(super) fn record<T: aya::Pod>(bytes: &[u8]) -> Option<T> {
+    if bytes.len() < size_of::<T>() {
         return None;
     }
-    // SAFETY: long enough, made of integers only, and read without assuming alignment.
-    Some(unsafe { record.as_ptr().cast::<Event>().read_unaligned() })
+    // SAFETY: long enough, of a type that may have any bits, and read without assuming alignment.
+    Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
 }
 
 /// Registers with the tokio runtime we are on.

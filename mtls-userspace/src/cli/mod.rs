@@ -10,6 +10,7 @@ pub mod ca;
 mod ca_in_cluster;
 pub mod certs;
 pub mod connections;
+pub mod lab;
 pub mod node;
 mod policies;
 pub mod policy;

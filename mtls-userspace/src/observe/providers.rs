@@ -36,9 +36,11 @@ pub(super) struct Providers {
     pods: Source<Vec<PodRow>>,
     mesh: Source<MeshRow>,
     kernel_counters: Source<Vec<(&'static str, u64)>>,
+    capabilities: Source<Vec<(&'static str, bool)>>,
     conditions: Source<Judged>,
     plaintext: Source<plaintext::Facts>,
     plaintext_counts: Source<plaintext::Counts>,
+    refresh: Source<()>,
     inspector: RwLock<Option<Arc<dyn Inspector>>>,
 }
 
@@ -59,8 +61,25 @@ impl Providers {
         self.kernel_counters.set(ask);
     }
 
+    pub fn set_capabilities(&self, ask: Ask<Vec<(&'static str, bool)>>) {
+        self.capabilities.set(ask);
+    }
+
+    pub fn capabilities(&self) -> Vec<(&'static str, bool)> {
+        self.capabilities.ask().unwrap_or_default()
+    }
+
     pub fn set_conditions(&self, ask: Ask<Judged>) {
         self.conditions.set(ask);
+    }
+
+    pub fn set_refresh(&self, refresh: Ask<()>) {
+        self.refresh.set(refresh);
+    }
+
+    /// Brings up to date what is not reported as it happens.
+    pub fn refresh(&self) {
+        self.refresh.ask();
     }
 
     pub fn set_plaintext(&self, facts: Ask<plaintext::Facts>, counts: Ask<plaintext::Counts>) {
