@@ -48,7 +48,11 @@ pub struct Options {
     /// Certificate authority, for example https://10.0.0.1:15012
     #[arg(long, value_name = "URL")]
     ca_address: Option<String>,
-    /// Roots that the authority's own certificate must lead to (PEM)
+    /// Instead of an authority's address: the signer of the Kubernetes API's certificate signing requests, for example
+    /// example.org/mesh
+    #[arg(long, value_name = "NAME")]
+    ca_signer: Option<String>,
+    /// Roots that the authority's own certificate, or what a --ca-signer signs, must lead to (PEM)
     #[arg(long, value_name = "FILE")]
     ca_root: Option<PathBuf>,
     /// File with the token that proves this node to the authority
@@ -254,6 +258,7 @@ impl Options {
             kubeconfig: self.kubeconfig.or(file.kubeconfig),
             trust_pod_annotations: self.trust_pod_annotations || file.trust_pod_annotations,
             ca_address: self.ca_address.or(file.ca_address),
+            ca_signer: self.ca_signer.or(file.ca_signer),
             ca_root: self.ca_root.or(file.ca_root),
             ca_token_file: self.ca_token_file.or(file.ca_token_file),
             ca_node_cert: self.ca_node_cert.or(file.ca_node_cert),

@@ -59,7 +59,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         })
         .context("kernel half")?,
     );
-    let identities = identities(&config)?;
+    let identities = identities(&config).await?;
     let observer = Observer::new(observe::Settings {
         access_log: config.access_log,
         ..observe::Settings::new(config.node.clone())
@@ -181,7 +181,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn identities(config: &Config) -> anyhow::Result<Arc<Identities>> {
+async fn identities(config: &Config) -> anyhow::Result<Arc<Identities>> {
     let settings = identity::Config {
         lifetime: config.certificate_lifetime,
         revocation_file: config.crl.clone(),
@@ -192,6 +192,12 @@ fn identities(config: &Config) -> anyhow::Result<Arc<Identities>> {
             let authority = identity::RemoteAuthority::new(address, root.clone(), credential.clone())
                 .context("certificate authority")?;
             Identities::new(Arc::new(authority), settings)
+        }
+        IdentitySource::Signer { name, root, kubeconfig } => {
+            let cluster = Cluster::open(kubeconfig.as_deref()).await?;
+            let signer = identity::Signer::new(&cluster, name.clone(), root.clone());
+            let attempt_timeout = identity::Signer::PATIENCE;
+            Identities::new(Arc::new(signer), identity::Config { attempt_timeout, ..settings })
         }
         IdentitySource::WorkloadApi { socket } => {
             let api = identity::WorkloadApi::new(socket).context("SPIFFE Workload API")?;
