@@ -18,10 +18,13 @@ mod kubernetes;
 mod lab_itself;
 mod load;
 mod observed;
+mod pods;
 mod readiness;
 mod revocation;
 mod services;
+mod spiffe;
 mod strict;
+mod succession;
 mod transparent;
 mod verify;
 
