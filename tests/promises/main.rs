@@ -13,6 +13,7 @@ mod features;
 mod identity;
 mod impostors;
 mod inspection;
+mod kubernetes;
 mod lab_itself;
 mod load;
 mod observed;
