@@ -13,9 +13,15 @@ use clap::ValueEnum;
 use ipnet::IpNet;
 use serde::Deserialize;
 
+use crate::agent_socket;
+use crate::cni::{self, WhenAway};
 use crate::features::Forced;
-use crate::identity::{Credential, TrustDomain};
+use crate::identity::TrustDomain;
 use crate::observe::AccessLog;
+
+mod identity_source;
+
+pub use identity_source::IdentitySource;
 
 /// What `mtls node` was told, before validation.
 #[derive(clap::Args, Deserialize, Default, Debug)]
@@ -56,6 +62,12 @@ pub struct Options {
     /// Its private key (PEM) [default: in the same file]
     #[arg(long, value_name = "FILE")]
     ca_node_key: Option<PathBuf>,
+    /// Instead of an authority: unix socket of a SPIFFE Workload API, for example unix:///run/spire/agent.sock
+    #[arg(long, value_name = "SOCKET")]
+    spiffe_socket: Option<String>,
+    /// Revocation lists (PEM) for peers' certificates, besides what the authority gives; changes are picked up
+    #[arg(long, value_name = "FILE")]
+    crl: Option<PathBuf>,
     /// Trust domain of every identity [default: cluster.local]
     #[arg(long)]
     trust_domain: Option<String>,
@@ -77,6 +89,27 @@ pub struct Options {
     /// Unix socket for `mtls status` and its kin [default: /run/mtls/admin.sock]
     #[arg(long, value_name = "PATH")]
     admin_socket: Option<PathBuf>,
+    /// Unix socket for CNI plugins and succeeding agents [default: agent.sock beside the admin socket]
+    #[arg(long, value_name = "PATH")]
+    agent_socket: Option<PathBuf>,
+    /// The node's /proc, where pods are found by their processes [default: /proc]
+    #[arg(long, value_name = "DIR")]
+    proc: Option<PathBuf>,
+    /// Install the CNI plugin here, and keep it in the configuration that --cni-conf-dir names
+    #[arg(long, value_name = "DIR")]
+    cni_bin_dir: Option<PathBuf>,
+    /// The node's network configuration, usually /etc/cni/net.d
+    #[arg(long, value_name = "DIR")]
+    cni_conf_dir: Option<PathBuf>,
+    /// Seconds that a pod's start waits for the agent before it fails and is tried again [default: 20]
+    #[arg(long, value_name = "SECONDS")]
+    cni_wait: Option<u64>,
+    /// What becomes of pods that start while no agent runs [default: refuse]
+    #[arg(long)]
+    cni_when_agent_is_away: Option<WhenAway>,
+    /// Namespaces whose pods start without the agent's word [default: kube-system, mtls-system]
+    #[arg(long, value_name = "NAMESPACE")]
+    cni_exclude_namespace: Vec<String>,
     /// Capture connections to these networks [default: exactly the addresses of enrolled pods and services]
     #[arg(long, value_name = "CIDR")]
     mesh_prefix: Vec<IpNet>,
@@ -109,6 +142,9 @@ pub enum SameNode {
     Relay,
     /// Through a TLS tunnel, as between nodes
     Encrypt,
+    /// From pod to pod in the kernel, once the first connection of a pair was let in: nobody copies a byte. They cross
+    /// the node's pod network (veth, bridge) as the application wrote them
+    Direct,
 }
 
 /// Where the mesh is described.
@@ -127,10 +163,8 @@ pub enum MeshSource {
 pub struct Config {
     pub node: Arc<str>,
     pub mesh: MeshSource,
-    pub ca_address: String,
-    pub ca_root: PathBuf,
-    /// Proves this node to the authority.
-    pub ca_credential: Credential,
+    pub identities: IdentitySource,
+    pub crl: Option<PathBuf>,
     pub trust_domain: TrustDomain,
     pub root_namespace: Arc<str>,
     pub certificate_lifetime: Duration,
@@ -138,6 +172,11 @@ pub struct Config {
     pub bpffs: PathBuf,
     pub admin: SocketAddr,
     pub admin_socket: PathBuf,
+    pub agent_socket: PathBuf,
+    /// Of the node.
+    pub proc: PathBuf,
+    /// Absent: no plugin is installed.
+    pub cni: Option<cni::Settings>,
     /// Empty: exactly the addresses in the mesh.
     pub mesh_prefixes: Vec<IpNet>,
     pub same_node: SameNode,
@@ -183,32 +222,13 @@ impl Options {
             None => self,
         };
         let mut mistakes = Mistakes::default();
+        let agent_socket = options.agent_socket.clone();
+        let admin_socket = options.admin_socket.clone().unwrap_or_else(|| "/run/mtls/admin.sock".into());
+        let agent_socket = agent_socket.unwrap_or_else(|| agent_socket::beside(&admin_socket));
+        let cni = mistakes.cni(&options, &agent_socket);
+        let identities = options.identities(&mut mistakes);
         let mesh = mistakes.mesh(&options, std::env::var_os(IN_A_POD).is_some());
         let node = mistakes.required("node", options.node);
-        let ca_address = mistakes.required("ca-address", options.ca_address);
-        let ca_root = mistakes.required("ca-root", options.ca_root);
-        let ca_credential = match (options.ca_token_file, options.ca_node_cert) {
-            (Some(token), None) => Some(Credential::Token(token)),
-            (None, Some(certificate)) => {
-                let key = options.ca_node_key.clone().unwrap_or_else(|| certificate.clone());
-                Some(Credential::Certificate { certificate, key })
-            }
-            (token, _) => {
-                let are = if token.is_some() { "are both given" } else { "are both missing" };
-                mistakes.0.push(format!(
-                    "--ca-token-file and --ca-node-cert {are}: one proves this node to the authority"
-                ));
-                None
-            }
-        };
-        if options.ca_node_key.is_some() && !matches!(ca_credential, Some(Credential::Certificate { .. })) {
-            mistakes.0.push("--ca-node-key is of no use without --ca-node-cert".into());
-        }
-        if ca_address.as_ref().is_some_and(|a| !a.starts_with("https://")) {
-            mistakes.0.push(
-                "--ca-address must start with https://: certificates are never asked for in the clear".into(),
-            );
-        }
         let trust_domain = options.trust_domain.as_deref().unwrap_or("cluster.local").parse::<TrustDomain>();
         if let Err(error) = &trust_domain {
             mistakes.0.push(format!("--trust-domain: {error}"));
@@ -221,31 +241,26 @@ impl Options {
         if certificate_lifetime == 0 {
             mistakes.0.push("--certificate-lifetime must be at least 1".into());
         }
-        let (
-            Some(node),
-            Some(mesh),
-            Some(ca_address),
-            Some(ca_root),
-            Some(ca_credential),
-            Ok(trust_domain),
-            true,
-        ) = (node, mesh, ca_address, ca_root, ca_credential, trust_domain, mistakes.0.is_empty())
+        let (Some(node), Some(mesh), Some(identities), Ok(trust_domain), true) =
+            (node, mesh, identities, trust_domain, mistakes.0.is_empty())
         else {
             return Err(Error::Invalid(mistakes));
         };
         Ok(Config {
             node: node.into(),
             mesh,
-            ca_address,
-            ca_root,
-            ca_credential,
+            identities,
+            crl: options.crl,
             trust_domain,
             root_namespace: options.root_namespace.as_deref().unwrap_or("istio-system").into(),
             certificate_lifetime: Duration::from_secs(certificate_lifetime),
             cgroup_root: options.cgroup_root,
             bpffs: options.bpffs.unwrap_or_else(|| "/sys/fs/bpf/mtls".into()),
             admin: options.admin.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 15020))),
-            admin_socket: options.admin_socket.unwrap_or_else(|| "/run/mtls/admin.sock".into()),
+            admin_socket,
+            agent_socket,
+            proc: options.proc.unwrap_or_else(|| "/proc".into()),
+            cni,
             mesh_prefixes: options.mesh_prefix,
             same_node: options.same_node.unwrap_or_default(),
             workers,
@@ -278,6 +293,8 @@ impl Options {
             ca_token_file: self.ca_token_file.or(file.ca_token_file),
             ca_node_cert: self.ca_node_cert.or(file.ca_node_cert),
             ca_node_key: self.ca_node_key.or(file.ca_node_key),
+            spiffe_socket: self.spiffe_socket.or(file.spiffe_socket),
+            crl: self.crl.or(file.crl),
             trust_domain: self.trust_domain.or(file.trust_domain),
             root_namespace: self.root_namespace.or(file.root_namespace),
             certificate_lifetime: self.certificate_lifetime.or(file.certificate_lifetime),
@@ -285,6 +302,17 @@ impl Options {
             bpffs: self.bpffs.or(file.bpffs),
             admin: self.admin.or(file.admin),
             admin_socket: self.admin_socket.or(file.admin_socket),
+            agent_socket: self.agent_socket.or(file.agent_socket),
+            proc: self.proc.or(file.proc),
+            cni_bin_dir: self.cni_bin_dir.or(file.cni_bin_dir),
+            cni_conf_dir: self.cni_conf_dir.or(file.cni_conf_dir),
+            cni_wait: self.cni_wait.or(file.cni_wait),
+            cni_when_agent_is_away: self.cni_when_agent_is_away.or(file.cni_when_agent_is_away),
+            cni_exclude_namespace: if self.cni_exclude_namespace.is_empty() {
+                file.cni_exclude_namespace
+            } else {
+                self.cni_exclude_namespace
+            },
             mesh_prefix: if self.mesh_prefix.is_empty() { file.mesh_prefix } else { self.mesh_prefix },
             same_node: self.same_node.or(file.same_node),
             workers: self.workers.or(file.workers),
@@ -298,6 +326,33 @@ impl Options {
 }
 
 impl Mistakes {
+    fn cni(&mut self, options: &Options, agent_socket: &Path) -> Option<cni::Settings> {
+        let (bin_dir, conf_dir) = match (&options.cni_bin_dir, &options.cni_conf_dir) {
+            (Some(bin_dir), Some(conf_dir)) => (bin_dir.clone(), conf_dir.clone()),
+            (None, None) => return None,
+            _ => {
+                self.0.push("--cni-bin-dir and --cni-conf-dir go together".into());
+                return None;
+            }
+        };
+        let wait = options.cni_wait.unwrap_or(20);
+        if !(1..=120).contains(&wait) {
+            self.0.push("--cni-wait must be between 1 and 120".into());
+        }
+        let mut exclude_namespaces = options.cni_exclude_namespace.clone();
+        if exclude_namespaces.is_empty() {
+            exclude_namespaces = ["kube-system", "mtls-system"].map(str::to_owned).into();
+        }
+        Some(cni::Settings {
+            bin_dir,
+            conf_dir,
+            agent_socket: agent_socket.into(),
+            wait: Duration::from_secs(wait),
+            when_agent_is_away: options.cni_when_agent_is_away.unwrap_or_default(),
+            exclude_namespaces,
+        })
+    }
+
     fn mesh(&mut self, options: &Options, in_a_pod: bool) -> Option<MeshSource> {
         let asks_for_api = options.kubernetes || options.kubeconfig.is_some();
         match &options.manifests {
@@ -352,7 +407,7 @@ fn default_workers() -> usize {
 mod tests {
     use super::*;
 
-    fn complete() -> Options {
+    pub(super) fn complete() -> Options {
         Options {
             node: Some("a".into()),
             manifests: Some("/m".into()),
@@ -410,26 +465,6 @@ mod tests {
     fn certificates_are_never_asked_for_in_the_clear() {
         let error = Options { ca_address: Some("http://ca:1".into()), ..complete() }.validate().unwrap_err();
         assert!(error.to_string().contains("https://"), "{error}");
-    }
-
-    #[test]
-    fn a_node_proves_itself_in_exactly_one_way() {
-        let certificate = || Some(PathBuf::from("/node.pem"));
-        let with = |options: Options| options.validate().map(|config| config.ca_credential);
-        let alone = || Options { ca_token_file: None, ca_node_cert: certificate(), ..complete() };
-        let expected =
-            |key: &str| Credential::Certificate { certificate: "/node.pem".into(), key: key.into() };
-        assert_eq!(with(alone()).unwrap(), expected("/node.pem"));
-        assert_eq!(with(Options { ca_node_key: Some("/k".into()), ..alone() }).unwrap(), expected("/k"));
-        assert_eq!(with(complete()).unwrap(), Credential::Token("/t".into()));
-        for (wrong, expected) in [
-            (Options { ca_node_cert: certificate(), ..complete() }, "both given"),
-            (Options { ca_token_file: None, ..complete() }, "both missing"),
-            (Options { ca_node_key: certificate(), ..complete() }, "--ca-node-key"),
-        ] {
-            let error = with(wrong).unwrap_err().to_string();
-            assert!(error.contains(expected), "{error}");
-        }
     }
 
     #[test]

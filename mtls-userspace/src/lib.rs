@@ -10,6 +10,8 @@
 //!
 //! | room | takes → gives |
 //! |---|---|
+//! | [`locate`] | a pod's UID → its network namespace and cgroup on this node |
+//! | [`cni`] | a container runtime's call → the pod starts, protected, or not at all |
 //! | [`capture`] | pods → captured streams; the only room that speaks to the kernel half |
 //! | [`features`] | a machine → what its kernel can do, and what the agent makes of it |
 //! | [`mesh`] | manifests, or a Kubernetes API server's objects → an immutable [`mesh::Mesh`] snapshot |
@@ -17,20 +19,27 @@
 //! | [`policy`] | (peer, workload, port) → [`policy::Authorized`] or a reason; pure |
 //! | [`tunnel`] | captured stream + destination ↔ authenticated tunnel |
 //! | [`relay`] | two streams → a report |
+//! | [`direct`] | policy and pods of one node → grants to connect without the agent |
 //! | [`ca`] | certificate signing requests → certificates |
 //! | [`plaintext`] | plaintext that was seen → readiness for STRICT |
+//! | [`succession`] | another agent → its place, without a connection refused |
 //! | [`observe`] | counters, access log, admin API |
 //!
 //! [`kubernetes`] is the way to the API server, for the rooms that need one; [`inspect`] answers the admin socket's questions from what the rooms hold and the kernel has;
 //! [`explain`] says what the walk would do to a connection without making one.
 
 pub mod addr;
+pub mod agent_socket;
 pub mod bench;
 pub mod ca;
 pub mod capture;
 pub mod cli;
+pub mod cni;
 pub mod config;
 pub mod connection;
+pub mod control;
+pub mod direct;
+pub mod door;
 pub mod drain;
 pub mod enrolment;
 pub mod explain;
@@ -38,6 +47,7 @@ pub mod features;
 pub mod identity;
 pub mod inspect;
 pub mod kubernetes;
+pub mod locate;
 pub mod mesh;
 pub mod node;
 pub mod observe;
@@ -45,6 +55,8 @@ pub mod outcome;
 pub mod plaintext;
 pub mod policy;
 pub mod relay;
+pub mod succession;
+pub mod tenure;
 pub mod tunnel;
 pub mod unplaced;
 pub mod worker;

@@ -19,8 +19,10 @@ use tokio::task::AbortHandle;
 use crate::capture::{self, Listeners, LocalPod};
 use crate::config::SameNode;
 use crate::connection;
+use crate::direct::Direct;
 use crate::drain::Working;
 use crate::identity::Identities;
+use crate::locate::Place;
 use crate::mesh::{self, Workload};
 use crate::observe::{Direction, Observer};
 use crate::plaintext;
@@ -39,6 +41,7 @@ pub struct Worker {
     /// Where plaintext that was let in is reported.
     pub plaintext: Arc<plaintext::Inbox>,
     pub same_node: SameNode,
+    pub direct: Arc<Direct>,
     /// Congestion control of loopback legs; `None` leaves the host's.
     pub congestion: Option<String>,
 }
@@ -48,6 +51,8 @@ pub struct Pod {
     pub socket: Arc<LocalPod>,
     /// Replaced when the pod's manifest changes.
     pub workload: ArcSwap<Workload>,
+    /// Where it lives: replaced when the process that showed it is gone.
+    pub place: ArcSwap<Place>,
 }
 
 /// The enrolled pods of this node by address; replaced whole, read without a lock.
@@ -85,7 +90,7 @@ impl Worker {
     pub fn neighbour(&self, workload: &Workload) -> Option<Arc<Pod>> {
         match self.same_node {
             SameNode::Encrypt => None,
-            SameNode::Relay => workload.addresses.iter().find_map(|ip| self.local.at(*ip)),
+            SameNode::Relay | SameNode::Direct => workload.addresses.iter().find_map(|ip| self.local.at(*ip)),
         }
     }
 

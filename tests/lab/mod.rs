@@ -14,6 +14,8 @@ pub mod apps;
 mod cgroup;
 mod forgery;
 mod http;
+mod image;
+mod kubelet;
 pub mod kubernetes;
 mod manifests;
 mod mesh;
@@ -22,6 +24,7 @@ mod packet;
 mod place;
 mod process;
 mod requirements;
+mod spire;
 mod teardown;
 mod wire;
 
@@ -33,12 +36,14 @@ use anyhow::{Context, Result, ensure};
 
 pub use forgery::{Credentials, Forger};
 pub use http::{Request, Response, get as http_get};
+pub use kubelet::{Cni, Kubelet, RealPod, RealPodSpec};
 pub use manifests::{Level, Mode, Port};
 pub use mesh::{Agent, Mesh, Metrics, Options, eventually};
 pub use network::{cut, sysctl};
 pub use place::{Node, Pod, PodSpec};
 pub use process::{Finished, PATIENCE, Running};
 pub use requirements::{find, lab_app, missing, mtls, skip};
+pub use spire::{Said, Spire, SpireAuthority, Svid};
 pub use wire::{Encrypted, Flow, Seen, Wire};
 
 /// Sent by applications so that a capture can look for it.

@@ -17,7 +17,7 @@ use super::Inner;
 use super::bounded::{Bounded, Labels};
 use super::exposition::{Exposition, LabelPairs};
 use super::flow::{Direction, Path};
-use super::status::{Enrolment, IdentityRow, IssuerRole};
+use super::status::{Enrolment, IdentityRow, IssuerRole, PodRow};
 use super::traffic::OVERFLOW;
 
 /// What happened to a plaintext connection to an enrolled destination.
@@ -177,7 +177,7 @@ impl Events {
         );
         registry.register(
             "mtls_connections_revoked",
-            "Open connections asked to stop because policy no longer allows them",
+            "Open connections stopped because policy no longer allows them, or their peer is no longer trusted",
             self.revoked.clone(),
         );
     }
@@ -209,6 +209,11 @@ impl Collector for Inner {
             })
         });
         out.gauges("mtls_connections_open", "Connections open now, by the way their bytes take", open)?;
+        out.gauge(
+            "mtls_predecessor_connections_open",
+            "Connections still open on the agent whose place this one took",
+            self.providers.predecessor().map_or(0, |row| row.open),
+        )?;
         self.encode_refusals(&mut out)?;
         self.encode_overflow(&mut out)?;
         out.counter(
@@ -221,6 +226,7 @@ impl Collector for Inner {
         let identities = self.providers.identities();
         encode_certificates(&identities, &mut out)?;
         encode_lifetimes(&identities, &mut out)?;
+        encode_revocation_lists(&identities, &mut out)?;
         self.encode_plaintext(&mut out)?;
         let kernel = self.providers.kernel_counters().into_iter();
         let kernel = kernel.map(|(name, value)| (vec![("counter", name.to_owned())], value));
@@ -294,16 +300,27 @@ impl Inner {
 
     fn encode_pods(&self, out: &mut Exposition<'_>) -> fmt::Result {
         // By key, because a label set may appear only once.
-        let pods: BTreeMap<_, _> = self
-            .providers
-            .pods()
-            .into_iter()
-            .map(|pod| ((pod.namespace, pod.name), u64::from(pod.enrolment == Enrolment::Enrolled)))
-            .collect();
-        let pods = pods
-            .into_iter()
-            .map(|((namespace, name), enrolled)| (vec![("namespace", namespace), ("pod", name)], enrolled));
-        out.gauges("mtls_pod_enrolled", "1 when the pod's connections are captured and protected", pods)
+        let pods = self.providers.pods().into_iter();
+        let pods: BTreeMap<_, _> = pods.map(|pod| ((pod.namespace.clone(), pod.name.clone()), pod)).collect();
+        let labels = |pod: &PodRow| vec![("namespace", pod.namespace.clone()), ("pod", pod.name.clone())];
+        let enrolled =
+            pods.values().map(|pod| (labels(pod), u64::from(pod.enrolment == Enrolment::Enrolled)));
+        out.gauges("mtls_pod_enrolled", "1 when the pod's connections are captured and protected", enrolled)?;
+        let is_verified = |pod: &PodRow| {
+            pod.enrolment == Enrolment::Enrolled && pod.faults.as_ref().is_some_and(Vec::is_empty)
+        };
+        let verified = pods.values().map(|pod| (labels(pod), u64::from(is_verified(pod))));
+        out.gauges(
+            "mtls_pod_verified",
+            "1 when everything that protects the pod was found in force in the kernel",
+            verified,
+        )?;
+        let unfenced = pods.values().map(|pod| (labels(pod), pod.unfenced_seconds.unwrap_or_default()));
+        out.gauges(
+            "mtls_pod_unfenced_seconds",
+            "How long the pod ran before it was fenced; 0 when it never did",
+            unfenced,
+        )
     }
 }
 
@@ -341,7 +358,13 @@ fn encode_certificates(identities: &[IdentityRow], out: &mut Exposition<'_>) -> 
     let identity = |row: &IdentityRow| vec![("identity", row.identity.clone())];
     let renewals = identities.iter().map(|row| (identity(row), row.renewals));
     out.counters("mtls_certificate_renewals", "Certificates obtained", renewals)?;
-    let failures = identities.iter().map(|row| (identity(row), row.failures));
+    let failures = identities.iter().flat_map(|row| {
+        let by_reason = row.failures_by_reason.iter();
+        by_reason.map(|(reason, count)| {
+            let labels = vec![("identity", row.identity.clone()), ("reason", reason.clone())];
+            (labels, *count)
+        })
+    });
     out.counters(
         "mtls_certificate_renewal_failures",
         "Attempts to obtain a certificate that failed",
@@ -356,6 +379,22 @@ fn encode_lifetimes(identities: &[IdentityRow], out: &mut Exposition<'_>) -> fmt
         Some((vec![("identity", row.identity.clone())], lifetime))
     });
     out.gauges("mtls_certificate_lifetime_seconds", "How long an identity's certificate lives", lifetimes)
+}
+
+/// Two lists of one issuer's name: the one that is due first is the one to be warned of.
+fn encode_revocation_lists(identities: &[IdentityRow], out: &mut Exposition<'_>) -> fmt::Result {
+    let mut due: BTreeMap<&str, i64> = BTreeMap::new();
+    for list in identities.iter().flat_map(|row| &row.revocation_lists) {
+        let Some(next) = list.next_update else { continue };
+        let first = due.entry(&list.issuer).or_insert(next.as_second());
+        *first = next.as_second().min(*first);
+    }
+    let due = due.into_iter().map(|(issuer, next)| (vec![("issuer", issuer.to_owned())], next));
+    out.gauges(
+        "mtls_revocation_list_next_update_timestamp_seconds",
+        "When a revocation list that peers are judged by is due to be replaced",
+        due,
+    )
 }
 
 /// Registers everything that is scraped.

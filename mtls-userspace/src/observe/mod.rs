@@ -16,6 +16,8 @@ use prometheus_client::registry::Registry;
 
 use crate::mesh::Workload;
 use crate::plaintext;
+use crate::succession::PredecessorRow;
+use crate::tunnel::HandshakeFailure;
 
 mod access_log;
 mod admin;
@@ -53,16 +55,17 @@ use traffic::Traffic;
 pub use access_log::AccessLog;
 pub use admin::Admin;
 pub use connections::Connection;
-pub use flow::{Direction, Ending, Flow, HandshakeFailure, Party, Path, Refusal};
+pub use flow::{Direction, Ending, Flow, Party, Path, Refusal};
 pub use inspection::{
     CertificateRow, ChainRow, EndedRow, EndpointRow, Filter, Inspector, Judged, Listing, ModesRow, PolicyRow,
     ServiceRow, WorkloadRow,
 };
 pub use metrics::Plaintext;
 pub use readiness::{Condition, Readiness};
+pub use socket::{SocketFile, bind as bind_socket};
 pub use status::{
     AgentRow, ConnectionRow, ConnectionRows, Enrolment, IdentityRow, IssuerRole, IssuerRow, MeshRow,
-    OpenCount, PartyRow, PodRow, Status,
+    OpenCount, PartyRow, PodRow, RevocationRow, Status,
 };
 pub use verification::{CheckRow, End, Pair, Proof, Unverifiable, Verification};
 pub use workload_labels::controller;
@@ -169,10 +172,15 @@ impl Observer {
 
     /// Registers a connection that is about to carry bytes.
     pub fn open(&self, flow: Flow) -> Connection {
+        self.open_since(flow, Instant::now())
+    }
+
+    /// Registers a connection that may have carried bytes already.
+    pub fn open_since(&self, flow: Flow, since: Instant) -> Connection {
         let reports = self.inner.traffic.reports(&flow, "-");
         reports.each().for_each(|counts| count(&counts.opened));
         self.count_plaintext(&flow, Plaintext::Accepted);
-        Connection::new(self.clone(), self.inner.connections.insert(flow, reports))
+        Connection::new(self.clone(), self.inner.connections.insert(flow, reports, since))
     }
 
     /// Records a connection that was never opened.
@@ -234,6 +242,15 @@ impl Observer {
         self.inner.providers.set_pods(ask);
     }
 
+    /// Where to ask for the agent whose place this one took, and whether another has this one's.
+    pub fn set_succession(
+        &self,
+        predecessor: Arc<dyn Fn() -> Option<PredecessorRow> + Send + Sync>,
+        retired: Arc<dyn Fn() -> bool + Send + Sync>,
+    ) {
+        self.inner.providers.set_succession(predecessor, retired);
+    }
+
     /// Where the configuration in force is asked for at scrape time.
     pub fn set_mesh(&self, ask: Arc<dyn Fn() -> MeshRow + Send + Sync>) {
         self.inner.providers.set_mesh(ask);
@@ -263,6 +280,11 @@ impl Observer {
         self.inner.providers.set_inspector(inspector);
     }
 
+    /// What brings connections up to date that nobody reports as their bytes pass. Called before open ones are shown.
+    pub fn set_refresh(&self, refresh: Arc<dyn Fn() + Send + Sync>) {
+        self.inner.providers.set_refresh(refresh);
+    }
+
     /// Waits until the access log has written what was logged so far; false if it could not within `patience`.
     /// Blocks: for the end of the process, not for the data path.
     pub fn flush_access_log(&self, patience: Duration) -> bool {
@@ -277,6 +299,7 @@ impl Observer {
 
     /// The metrics in OpenMetrics text, the bytes of open connections included.
     fn scrape(&self) -> String {
+        self.inner.providers.refresh();
         for open in self.inner.connections.all() {
             open.fold();
         }
@@ -300,6 +323,8 @@ impl Observer {
             missing: missing.into_iter().map(|(name, why)| (name.to_owned(), why.to_string())).collect(),
             resident_bytes: process::resident_bytes(),
             cpu_seconds: process::cpu_seconds(),
+            predecessor: self.inner.providers.predecessor(),
+            retired: self.inner.providers.is_retired(),
         };
         Status {
             agent,
@@ -312,6 +337,7 @@ impl Observer {
 
     /// Open connections: how many there are, and the newest of those wanted.
     fn connection_rows(&self, shown: Range<usize>, wanted: &dyn Fn(&Flow) -> bool) -> ConnectionRows {
+        self.inner.providers.refresh();
         let mut newest = self.inner.connections.all();
         newest.retain(|open| wanted(&open.flow));
         newest.sort_unstable_by_key(|open| std::cmp::Reverse(open.id));
