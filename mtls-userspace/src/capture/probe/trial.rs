@@ -235,9 +235,8 @@ impl<'a> Trial<'a> {
         self.capture.set_modes(self.pod(), &modes)?;
         let _server = self.within(|| TcpListener::bind((POD[0], SERVED_PORT)))?;
         let mut client = self.dial(STRANGER, SocketAddr::new(POD[0], SERVED_PORT))?;
-        match self.pod().reset_plaintext(&|port| port == SERVED_PORT)? {
-            0 => return Err(Obstacle::said("the kernel lists no such connection")),
-            _ => {}
+        if self.pod().reset_plaintext(&|port| port == SERVED_PORT)? == 0 {
+            return Err(Obstacle::said("the kernel lists no such connection"));
         }
         match client.read(&mut [0]) {
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {
