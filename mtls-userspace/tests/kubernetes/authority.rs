@@ -271,7 +271,8 @@ impl Controller {
             let pem = STANDARD.decode(request["spec"]["request"].as_str().unwrap()).unwrap();
             let asked = rcgen::CertificateSigningRequestParams::from_pem(std::str::from_utf8(&pem).unwrap());
             let certificate = asked.unwrap().signed_by(&self.issuer).unwrap().pem();
-            json!({ "conditions": [{ "type": "Approved", "status": "True" }], "certificate": STANDARD.encode(certificate) })
+            json!({ "conditions": [{ "type": "Approved", "status": "True" }],
+            "certificate": STANDARD.encode(certificate) })
         } else {
             json!({ "conditions": [{ "type": "Denied", "status": "True", "message": "not on my watch" }] })
         };

@@ -198,7 +198,8 @@ async fn pods_have_several_addresses_or_their_nodes_and_say_nothing_of_where_the
         "apiVersion": "v1", "kind": "Node",
         "metadata": { "name": "node-a", "labels": { "node-role.kubernetes.io/control-plane": "" } },
         "spec": { "podCIDR": "10.0.0.0/24", "podCIDRs": ["10.0.0.0/24"] },
-        "status": { "addresses": [{ "type": "InternalIP", "address": "192.0.2.1" }, { "type": "Hostname", "address": "a" }] },
+        "status": { "addresses": [{ "type": "InternalIP", "address": "192.0.2.1" }, { "type": "Hostname",
+        "address": "a" }] },
     });
     world.api.apply_all(&[namespace("shop", true), both, host, pending, sly.clone(), node]).unwrap();
     let source = world.follow().await;

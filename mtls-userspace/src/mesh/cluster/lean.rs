@@ -267,13 +267,15 @@ mod tests {
                 "labels": { "app": "web", "istio.io/dataplane-mode": "ambient" },
                 "annotations": {
                     "mtls.dev/netns": "/n", "mtls.dev/cgroup": "/c", "other": "o",
-                    "kubernetes.io/config.mirror": "m", "kubernetes.io/config.hash": "0123456789abcdef0123456789abcdef",
+                    "kubernetes.io/config.mirror": "m",
+                    "kubernetes.io/config.hash": "0123456789abcdef0123456789abcdef",
                 },
                 "managedFields": [{ "manager": "kubelet", "fieldsV1": { "f:status": {} } }],
             },
             "spec": {
                 "nodeName": "node-a", "serviceAccountName": "web", "hostNetwork": false,
-                "containers": [{ "name": "a", "ports": [{ "name": "http", "containerPort": 80 }, { "containerPort": 53, "protocol": "UDP" }] }],
+                "containers": [{ "name": "a", "ports": [{ "name": "http", "containerPort": 80 },
+                { "containerPort": 53, "protocol": "UDP" }] }],
                 "initContainers": [
                     { "name": "b", "restartPolicy": "Always", "ports": [{ "containerPort": 81 }] },
                     { "name": "c", "ports": [{ "containerPort": 82 }] },
