@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{build, call, cargo, lint, setup, step};
+use crate::{build, call, cargo, image, lint, setup, step};
 
 #[derive(clap::Args)]
 pub struct Test {
@@ -40,6 +40,8 @@ impl Test {
         step("building");
         // All members at once, as below: cargo would build shared dependencies again for another choice of features.
         call(cargo().args(["build", "--quiet", "--workspace", "--bins"]))?;
+        let binary = image::beside_the_dynamic_one()?;
+        image::Image::pack_dev(&binary)?;
         step("testing");
         let (summary, success) = self.cargo_test()?;
         let seconds = begun.elapsed().as_secs();
