@@ -34,6 +34,7 @@ pub use forgery::{Credentials, Forger};
 pub use http::{Request, Response, get as http_get};
 pub use manifests::{Level, Mode, Port};
 pub use mesh::{Agent, Mesh, Metrics, Options, eventually};
+pub use network::plan::MESH_PREFIXES;
 pub use network::{cut, sysctl};
 pub use place::{Node, Pod, PodSpec};
 pub use process::{Finished, PATIENCE, Running};

@@ -1,0 +1,116 @@
+//! Least privilege: with exactly what the DaemonSet gives it the agent does all of its work, and without any part of
+//! that it says what is missing.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use mtls_tests::{Lab, Level, MARKER, Mesh, Mode, PodSpec, eventually, skip};
+
+use crate::container::{Container, NEEDS};
+
+#[test]
+fn with_exactly_its_privileges_an_agent_does_all_of_its_work() -> Result<()> {
+    if skip(&NEEDS) {
+        return Ok(());
+    }
+    let lab = Lab::two_nodes()?;
+    let far = lab.pod("node-a", "far")?;
+    let near = lab.pod("node-b", "near")?;
+    let server = lab.add(PodSpec::new("node-b", "server").port("main", 7000))?;
+    let intruder = lab.outsider("node-a", "intruder")?;
+    let mut mesh = Mesh::start(&lab)?;
+    let mut containers = Vec::new();
+    for node in ["node-a", "node-b"] {
+        mesh.agent(node).kill();
+        let container = Container::agent(&lab, node)?;
+        container.launch(&lab, &mut mesh, node)?;
+        mesh.agent(node).await_ready()?;
+        containers.push(container);
+    }
+    let status = std::fs::read_to_string(format!("/proc/{}/status", containers[0].pid()?))?;
+    let line =
+        |key| status.lines().find_map(|line| line.strip_prefix(key)).map(str::trim).context("no such line");
+    // CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN.
+    let held = (1u64 << 12) | (1 << 19) | (1 << 21);
+    for set in ["CapEff:", "CapPrm:", "CapBnd:"] {
+        assert_eq!(u64::from_str_radix(line(set)?, 16)?, held, "{set}");
+    }
+    assert_eq!((line("NoNewPrivs:")?, line("Seccomp:")?), ("1", "2"));
+
+    let _echo = server.serve(&["echo", "--listen", "[::]:7000"])?;
+    let to = server.addr(7000).to_string();
+    // A plaintext connection that is open when STRICT comes is reset.
+    let open = intruder.start_app(&["dial", "wait", &to])?;
+    open.json_with("established")?;
+    lab.peer_authentication(Level::Mesh, Mode::Strict)?;
+    assert_eq!(open.json_with("ended")?["ended"], "reset");
+    let refused = eventually(Duration::from_secs(5), || {
+        let answer = intruder.app(&["dial", "echo", &to]).ok()?;
+        (answer["ended"] == "refused").then_some(())
+    });
+    assert!(refused.is_some(), "plaintext is not refused");
+    let wire = lab.watch_wire()?;
+    for client in [&far, &near] {
+        let answer = client.app(&["dial", "echo", &to, "--message", MARKER])?;
+        assert_eq!((&answer["echoed"], &answer["ended"]), (&MARKER.len().into(), &"eof".into()), "{answer}");
+    }
+    let seen = wire.finish()?;
+    assert_eq!(seen.markers(), 0);
+    seen.encrypted(&far, &server)?;
+    // The kubelet's probe gets through.
+    let probe = lab.node("node-b")?.app(&["dial", "echo", &to])?;
+    assert_eq!(probe["ended"], "eof", "{probe}");
+    Ok(())
+}
+
+/// Starts an agent that lacks something, and returns what it says: its last words, or why it is not ready.
+fn said(lab: &Lab, mesh: &mut Mesh, container: &Container) -> Result<String> {
+    let earlier = mesh.agent("node-a").log().len();
+    container.launch(lab, mesh, "node-a")?;
+    let agent = mesh.agent("node-a");
+    let ended = eventually(Duration::from_secs(20), || {
+        let answer = agent.get("/healthz/ready").ok();
+        match answer {
+            _ if !agent.alive() => Some(None),
+            // It had the time to try.
+            Some(answer) if answer.status == 503 && agent.log().contains("WARN") => Some(Some(answer.body)),
+            _ => None,
+        }
+    });
+    let reasons = ended.context("it neither ends nor says that it is not ready")?;
+    agent.kill();
+    Ok(agent.log().split_off(earlier) + &reasons.unwrap_or_default())
+}
+
+#[test]
+fn without_one_of_them_it_names_what_is_missing() -> Result<()> {
+    if skip(&NEEDS) {
+        return Ok(());
+    }
+    let lab = Lab::two_nodes()?;
+    lab.pod("node-a", "client")?;
+    let mut mesh = Mesh::start(&lab)?;
+    mesh.agent("node-a").kill();
+    for capability in ["NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE"] {
+        let container = Container::agent(&lab, "node-a")?.without_capability(capability)?;
+        let said = said(&lab, &mut mesh, &container)?;
+        assert!(said.contains(&format!("capability CAP_{capability} is missing")), "{capability}: {said}");
+    }
+    let cgroup = lab.node("node-a")?.cgroup().to_string_lossy().into_owned();
+    for (place, named) in [
+        ("/etc/mtls", "cannot read configuration file /etc/mtls/node.config"),
+        ("/sys/fs/bpf", "/sys/fs/bpf/node-a is not in a mounted BPF file system"),
+        (&cgroup, "is not a cgroup2 directory"),
+        ("/run/mtls", "/run/mtls"),
+        ("/var/run/secrets/mtls/token", "/var/run/secrets/mtls/token/token"),
+        ("/var/run/secrets/mtls/root", "/var/run/secrets/mtls/root/root-cert.pem"),
+    ] {
+        let container = Container::agent(&lab, "node-a")?.without_mount(place)?;
+        let said = said(&lab, &mut mesh, &container)?;
+        assert!(said.contains(named), "{place}: {said}");
+    }
+    // Nothing of this was for want of something else.
+    let container = Container::agent(&lab, "node-a")?;
+    container.launch(&lab, &mut mesh, "node-a")?;
+    mesh.agent("node-a").await_ready()
+}
