@@ -30,6 +30,16 @@ pub struct Options {
     /// Directory of Kubernetes manifests that describe the mesh; changes are picked up as they happen
     #[arg(long, value_name = "DIR")]
     manifests: Option<PathBuf>,
+    /// Follow the Kubernetes API instead, as this pod's service account [default in a pod without --manifests]
+    #[arg(long)]
+    kubernetes: bool,
+    /// Follow the Kubernetes API that this file names, as the user that it names
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// With the Kubernetes API: believe pods' annotations mtls.dev/netns and mtls.dev/cgroup. For laboratories: whoever may
+    /// make a pod could name another pod's
+    #[arg(long)]
+    trust_pod_annotations: bool,
     /// Certificate authority, for example https://10.0.0.1:15012
     #[arg(long, value_name = "URL")]
     ca_address: Option<String>,
@@ -97,11 +107,22 @@ pub enum SameNode {
     Encrypt,
 }
 
+/// Where the mesh is described.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum MeshSource {
+    Directory(PathBuf),
+    /// Without a kubeconfig: the API server that Kubernetes names to every pod.
+    Kubernetes {
+        kubeconfig: Option<PathBuf>,
+        annotations: bool,
+    },
+}
+
 /// What `mtls node` runs with.
 #[derive(Debug)]
 pub struct Config {
     pub node: Arc<str>,
-    pub manifests: PathBuf,
+    pub mesh: MeshSource,
     pub ca_address: String,
     pub ca_root: PathBuf,
     /// Proves this node to the authority.
@@ -156,8 +177,8 @@ impl Options {
             None => self,
         };
         let mut mistakes = Mistakes::default();
+        let mesh = mistakes.mesh(&options, std::env::var_os(IN_A_POD).is_some());
         let node = mistakes.required("node", options.node);
-        let manifests = mistakes.required("manifests", options.manifests);
         let ca_address = mistakes.required("ca-address", options.ca_address);
         let ca_root = mistakes.required("ca-root", options.ca_root);
         let ca_credential = match (options.ca_token_file, options.ca_node_cert) {
@@ -196,19 +217,19 @@ impl Options {
         }
         let (
             Some(node),
-            Some(manifests),
+            Some(mesh),
             Some(ca_address),
             Some(ca_root),
             Some(ca_credential),
             Ok(trust_domain),
             true,
-        ) = (node, manifests, ca_address, ca_root, ca_credential, trust_domain, mistakes.0.is_empty())
+        ) = (node, mesh, ca_address, ca_root, ca_credential, trust_domain, mistakes.0.is_empty())
         else {
             return Err(Error::Invalid(mistakes));
         };
         Ok(Config {
             node: node.into(),
-            manifests,
+            mesh,
             ca_address,
             ca_root,
             ca_credential,
@@ -242,6 +263,9 @@ impl Options {
             config: self.config,
             node: self.node.or(file.node),
             manifests: self.manifests.or(file.manifests),
+            kubernetes: self.kubernetes || file.kubernetes,
+            kubeconfig: self.kubeconfig.or(file.kubeconfig),
+            trust_pod_annotations: self.trust_pod_annotations || file.trust_pod_annotations,
             ca_address: self.ca_address.or(file.ca_address),
             ca_root: self.ca_root.or(file.ca_root),
             ca_token_file: self.ca_token_file.or(file.ca_token_file),
@@ -265,6 +289,40 @@ impl Options {
 }
 
 impl Mistakes {
+    fn mesh(&mut self, options: &Options, in_a_pod: bool) -> Option<MeshSource> {
+        let asks_for_api = options.kubernetes || options.kubeconfig.is_some();
+        match &options.manifests {
+            Some(_) if asks_for_api => {
+                self.0.push(
+                    "--manifests and the Kubernetes API (--kubernetes, --kubeconfig) are both given: one \
+                     describes the mesh"
+                        .into(),
+                );
+                None
+            }
+            Some(_) if options.trust_pod_annotations => {
+                self.0.push(
+                    "--trust-pod-annotations is for the Kubernetes API; those of --manifests always count"
+                        .into(),
+                );
+                None
+            }
+            Some(directory) => Some(MeshSource::Directory(directory.clone())),
+            None if asks_for_api || in_a_pod => Some(MeshSource::Kubernetes {
+                kubeconfig: options.kubeconfig.clone(),
+                annotations: options.trust_pod_annotations,
+            }),
+            None => {
+                self.0.push(
+                    "--manifests is missing, and this is no pod of a cluster: give a directory, or the \
+                     --kubeconfig of a cluster"
+                        .into(),
+                );
+                None
+            }
+        }
+    }
+
     fn required<T>(&mut self, flag: &str, value: Option<T>) -> Option<T> {
         if value.is_none() {
             self.0.push(format!("--{flag} is missing"));
@@ -273,6 +331,8 @@ impl Mistakes {
     }
 }
 
+/// Kubernetes sets this in every pod.
+const IN_A_POD: &str = "KUBERNETES_SERVICE_HOST";
 const MAX_WORKERS: usize = 64;
 
 fn default_workers() -> usize {
@@ -291,6 +351,31 @@ mod tests {
             ca_root: Some("/r".into()),
             ca_token_file: Some("/t".into()),
             ..Options::default()
+        }
+    }
+
+    #[test]
+    fn the_mesh_is_described_in_exactly_one_place() {
+        let of = |options: Options, in_a_pod| {
+            let mut mistakes = Mistakes::default();
+            mistakes.mesh(&options, in_a_pod).ok_or_else(|| mistakes.to_string())
+        };
+        let none = || Options::default();
+        let api = |kubeconfig: Option<&str>| MeshSource::Kubernetes {
+            kubeconfig: kubeconfig.map(PathBuf::from),
+            annotations: false,
+        };
+        assert_eq!(of(complete(), true), Ok(MeshSource::Directory("/m".into())));
+        assert_eq!(of(none(), true), Ok(api(None)));
+        assert_eq!(of(Options { kubernetes: true, ..none() }, false), Ok(api(None)));
+        assert_eq!(of(Options { kubeconfig: Some("/k".into()), ..none() }, false), Ok(api(Some("/k"))));
+        for (options, expected) in [
+            (none(), "--manifests is missing, and this is no pod"),
+            (Options { kubernetes: true, ..complete() }, "both given"),
+            (Options { trust_pod_annotations: true, ..complete() }, "--trust-pod-annotations"),
+        ] {
+            let error = of(options, false).unwrap_err();
+            assert!(error.contains(expected), "{error}");
         }
     }
 

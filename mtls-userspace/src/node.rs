@@ -12,12 +12,13 @@ use arc_swap::ArcSwap;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::capture::{self, Capture};
-use crate::config::Config;
+use crate::config::{Config, MeshSource};
 use crate::drain::Drain;
 use crate::enrolment::Enrolment;
 use crate::explain;
 use crate::identity::{self, Identities};
 use crate::inspect::Inspection;
+use crate::kubernetes::Cluster;
 use crate::mesh::{self, Mesh};
 use crate::observe::{self, Admin, IdentityRow, MeshRow, Observer, Plaintext, PodRow, Readiness};
 use crate::plaintext;
@@ -32,7 +33,16 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         trust_domain: config.trust_domain.clone(),
         root_namespace: config.root_namespace.clone(),
     };
-    let source = mesh::Source::directory(config.manifests.clone(), settings).context("manifests")?;
+    let source = match &config.mesh {
+        MeshSource::Directory(directory) => {
+            mesh::Source::directory(directory.clone(), settings).context("manifests")?
+        }
+        MeshSource::Kubernetes { kubeconfig, annotations } => {
+            let cluster = Cluster::open(kubeconfig.as_deref()).await?;
+            let scope = mesh::Scope::Traffic { annotations: *annotations };
+            mesh::Source::kubernetes(cluster, settings, scope).await
+        }
+    };
     // Before the kernel half: an agent that cannot stay must not replace the programs of the one that runs.
     let admin = Admin::bind(Some(config.admin), Some(&config.admin_socket)).await.context("admin API")?;
     let capture = Arc::new(
@@ -165,8 +175,7 @@ impl Control {
             mesh_changes.mark_unchanged();
             identity_changes.mark_unchanged();
             let mesh = self.source.current();
-            let wanted: HashSet<_> =
-                mesh.enrolled_on(&self.config.node).map(|workload| workload.identity.clone()).collect();
+            let wanted: HashSet<_> = mesh.identities_on(&self.config.node).cloned().collect();
             self.identities.want(wanted.clone());
             self.enrolment.reconcile(&mesh).await;
             self.observer.revoke(&|flow| refused_now(&mesh, flow));

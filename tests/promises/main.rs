@@ -12,6 +12,7 @@ mod failures;
 mod identity;
 mod impostors;
 mod inspection;
+mod kubernetes;
 mod lab_itself;
 mod load;
 mod observed;

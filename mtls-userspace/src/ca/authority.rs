@@ -11,7 +11,8 @@ use rcgen::{
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, UnixTime};
 use zeroize::Zeroize;
 
-use super::{Error, directory, request::Request};
+use super::directory::{self, Contents, Stored};
+use super::{Error, request::Request};
 use crate::identity::{Certificate, SpiffeId, TrustDomain, to_pem};
 
 /// Certificates are dated back by this much, for peers whose clocks are behind.
@@ -50,9 +51,9 @@ impl CertificateAuthority {
             Some(stored) => stored,
             None => {
                 let (root, key) = make_root(&trust_domain)?;
-                directory::write(dir, &root, &key.0)?;
+                directory::write(dir, &Contents::root(&root, &key))?;
                 tracing::info!(dir = %dir.display(), "made a root, because the directory had none");
-                directory::Stored { signer: root.clone(), key, intermediates: Vec::new(), roots: vec![root] }
+                Stored { signer: root.clone(), key, intermediates: Vec::new(), roots: vec![root] }
             }
         };
         Self::proven(dir, trust_domain, leaf_lifetime, stored)
@@ -72,13 +73,20 @@ impl CertificateAuthority {
         Self::proven(dir, trust_domain, leaf_lifetime, stored)
     }
 
-    fn proven(
+    /// The files of a root made now.
+    pub(super) fn new_root(trust_domain: &TrustDomain) -> Result<Contents, Error> {
+        let (root, key) = make_root(trust_domain)?;
+        Ok(Contents::root(&root, &key))
+    }
+
+    /// An authority of files that are kept anywhere; `dir` names the place in errors.
+    pub(super) fn proven(
         dir: &Path,
         trust_domain: TrustDomain,
         leaf_lifetime: Duration,
-        stored: directory::Stored,
+        stored: Stored,
     ) -> Result<Self, Error> {
-        let directory::Stored { signer, key, intermediates, roots } = stored;
+        let Stored { signer, key, intermediates, roots } = stored;
         let authority = Self::new(trust_domain, leaf_lifetime, &signer, key, intermediates, roots)?;
         authority.prove().map_err(|fault| match fault {
             Unproven::Chain(source) => Error::Chain { dir: dir.into(), source },

@@ -8,6 +8,7 @@ use anyhow::Context;
 mod agent;
 pub mod bench;
 pub mod ca;
+mod ca_in_cluster;
 pub mod certs;
 pub mod connections;
 pub mod node;

@@ -58,12 +58,15 @@ pub struct Settings {
 pub struct Workload {
     pub namespace: Arc<str>,
     pub name: Arc<str>,
+    /// What kubelet names the pod's cgroup after: `metadata.uid`, or of a static pod the digest of its manifest.
+    pub uid: Option<Arc<str>>,
     pub service_account: Arc<str>,
     /// `app` (or `app.kubernetes.io/name`) label, else the pod's name: Istio's `*_canonical_service`/`*_app`.
     pub app: Arc<str>,
     /// Node the pod runs on (`spec.nodeName`).
     pub node: Option<Arc<str>>,
-    /// All pod IPs, canonical, in manifest order; never empty. Of a pod on the host network: the node's.
+    /// All pod IPs, canonical, in manifest order; empty only while the pod is [starting](Mesh::starting). Of a pod on the
+    /// host network: the node's.
     pub addresses: Vec<IpAddr>,
     pub labels: Labels,
     /// `istio.io/dataplane-mode` says so and the pod is not on the host network.
@@ -101,6 +104,8 @@ pub struct Mesh {
     /// Rises with every accepted change.
     pub generation: u64,
     pub workloads: Arc<Vec<Arc<Workload>>>,
+    /// Pods that have a node but no address yet.
+    starting: Arc<Vec<Arc<Workload>>>,
     pub policies: Arc<Policies>,
     by_address: Arc<HashMap<IpAddr, Arc<Workload>>>,
     services: Arc<Services>,
@@ -124,6 +129,7 @@ impl Mesh {
             .flat_map(|pod| pod.workload.addresses.iter().map(|address| (*address, pod.workload.clone())))
             .collect();
         let services = Services::new(objects, &pods, &mut interner, &mut warnings)?;
+        let starting = pod::starting_pods(objects, settings, &mut interner)?;
         let hosts: Vec<Host> =
             objects.nodes.iter().map(|placed| Host::read(&placed.object, &mut interner)).collect();
         let workloads: Vec<Arc<Workload>> = pods.into_iter().map(|pod| pod.workload).collect();
@@ -136,6 +142,7 @@ impl Mesh {
         Ok(Self {
             generation,
             workloads: Arc::new(workloads),
+            starting: Arc::new(starting),
             policies: Arc::new(policies),
             by_address: Arc::new(by_address),
             services: Arc::new(services),
@@ -208,7 +215,8 @@ impl Mesh {
     /// What is behind a Service's address and port.
     pub fn served(&self, address: SocketAddr) -> Option<ServedPort> {
         let vip = self.services.vip(address)?;
-        let endpoint = |endpoint: &Endpoint| (endpoint.address, self.workload(endpoint.address.ip()).cloned());
+        let endpoint =
+            |endpoint: &Endpoint| (endpoint.address, self.workload(endpoint.address.ip()).cloned());
         let service = self.services.name(address.ip())?.clone();
         let endpoints = vip.endpoints().iter().filter(|it| self.is_known(it)).map(endpoint).collect();
         Some(ServedPort { service, address, endpoints, health: vip.health() })
@@ -233,6 +241,22 @@ impl Mesh {
     /// Enrolled workloads on a node.
     pub fn enrolled_on<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Arc<Workload>> {
         self.workloads.iter().filter(move |w| w.enrolled && w.node.as_deref() == Some(node))
+    }
+
+    /// Pods on a node that have no address yet, enrolled or not. Nobody can dial them.
+    pub fn starting<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Arc<Workload>> {
+        self.starting.iter().filter(move |w| w.node.as_deref() == Some(node))
+    }
+
+    /// Every pod that has an address or a node.
+    pub fn workloads_and_starting(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.iter().chain(self.starting.iter())
+    }
+
+    /// Identities of enrolled pods on a node, of those too that are still starting.
+    pub fn identities_on<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a SpiffeId> {
+        let starting = self.starting(node).filter(|workload| workload.enrolled);
+        self.enrolled_on(node).chain(starting).map(|workload| &workload.identity)
     }
 
     /// What in the objects is not honoured as written. Policies have their own: [`Policies::warnings`].

@@ -61,7 +61,10 @@ impl<T> Kept<T> {
     pub(super) fn end(&mut self) -> Vec<(Key, T)> {
         self.complete = true;
         let unseen = self.unseen.take().unwrap_or_default();
-        unseen.into_iter().filter_map(|key| self.objects.remove(&key).map(|(_, value)| (key, value))).collect()
+        unseen
+            .into_iter()
+            .filter_map(|key| self.objects.remove(&key).map(|(_, value)| (key, value)))
+            .collect()
     }
 
     /// Notes that an object is there, whatever it is now. Its last good version stays only if it is the same object.
@@ -86,10 +89,6 @@ impl<T> Kept<T> {
 
     pub(super) fn get(&self, key: &Key) -> Option<&T> {
         self.objects.get(key).map(|(_, value)| value)
-    }
-
-    pub(super) fn get_mut(&mut self, key: &Key) -> Option<&mut T> {
-        self.objects.get_mut(key).map(|(_, value)| value)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (&Key, &T)> + Clone {

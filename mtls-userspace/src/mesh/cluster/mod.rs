@@ -150,6 +150,7 @@ async fn one<K, const VERSIONS: usize>(
             Change::Seen(it) => Change::Seen(object(it)),
             Change::Gone(it) => Change::Gone(object(it)),
             Change::Complete => Change::Complete,
+            Change::Well => Change::Well,
             Change::Trouble(trouble) => Change::Trouble(trouble),
         };
         Message { kind, change }
@@ -262,6 +263,7 @@ impl Follower {
                 self.state.end(kind);
                 self.well(kind);
             }
+            Change::Well => self.well(kind),
             Change::Trouble(trouble) => {
                 if matches!(trouble, Trouble::Absent { .. }) {
                     self.state.absent(kind);
@@ -287,7 +289,8 @@ impl Follower {
     /// Says what is wrong: in the log once, and to those who ask for as long as it is.
     fn report(&mut self, shared: &Shared) {
         let faults = self.state.faults();
-        let new: Vec<_> = faults.iter().filter(|(object, it)| self.known_faults.get(*object) != Some(it)).collect();
+        let new: Vec<_> =
+            faults.iter().filter(|(object, it)| self.known_faults.get(*object) != Some(it)).collect();
         for (_, fault) in &new {
             tracing::error!(error = %fault, "an object is refused; its last good version, or something stricter, stays");
             shared.count_error();
