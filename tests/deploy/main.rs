@@ -11,6 +11,7 @@ mod privileges;
 mod rendered;
 mod same;
 mod schemas;
+mod scripts;
 mod stated;
 mod values;
 
