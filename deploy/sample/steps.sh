@@ -32,8 +32,6 @@ prepare_node() {
     local node=$1
     [ "$(on_node "$node" stat -f -c %T /sys/fs/cgroup)" = cgroup2fs ] ||
         die "node $node has no cgroup2 at /sys/fs/cgroup: boot the machine with systemd.unified_cgroup_hierarchy=1"
-    on_node "$node" test -e /sys/kernel/btf/vmlinux ||
-        die "node $node shows no BTF: the kernel needs CONFIG_DEBUG_INFO_BTF"
     if [ "$(on_node "$node" stat -f -c %T /sys/fs/bpf)" != bpf_fs ]; then
         say "mounting /sys/fs/bpf on $node"
         on_node "$node" mount -t bpf bpf /sys/fs/bpf

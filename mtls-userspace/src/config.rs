@@ -13,6 +13,7 @@ use clap::ValueEnum;
 use ipnet::IpNet;
 use serde::Deserialize;
 
+use crate::features::Forced;
 use crate::identity::{Credential, TrustDomain};
 use crate::observe::AccessLog;
 
@@ -94,6 +95,9 @@ pub struct Options {
     /// Congestion control of the pods' loopback legs; `host` leaves it alone [default: cubic, else reno]
     #[arg(long, value_name = "NAME")]
     loopback_congestion: Option<String>,
+    /// Not what the kernel is found to do: NAME=on must work, NAME=off is left alone; names are those of `mtls lab features`
+    #[arg(long, value_name = "NAME=on|off")]
+    feature: Vec<Forced>,
 }
 
 /// Same-node connections: the same checks either way.
@@ -143,6 +147,8 @@ pub struct Config {
     /// Congestion control on the legs that never leave a pod, where a paced one (BBR) costs a third of the throughput.
     /// Absent: cubic, else reno. Empty: the host's choice.
     pub loopback_congestion: Option<String>,
+    /// What the operator decided about paths; about the others the kernel decides.
+    pub features: Vec<Forced>,
 }
 
 /// Everything wrong with a configuration, together.
@@ -248,6 +254,7 @@ impl Options {
             loopback_congestion: options
                 .loopback_congestion
                 .map(|name| if name == "host" { String::new() } else { name }),
+            features: options.feature,
         })
     }
 
@@ -284,6 +291,8 @@ impl Options {
             access_log: self.access_log.or(file.access_log),
             drain: self.drain.or(file.drain),
             loopback_congestion: self.loopback_congestion.or(file.loopback_congestion),
+            // The last word on a feature counts.
+            feature: [file.feature, self.feature].concat(),
         }
     }
 }

@@ -11,6 +11,7 @@
 //! | room | takes → gives |
 //! |---|---|
 //! | [`capture`] | pods → captured streams; the only room that speaks to the kernel half |
+//! | [`features`] | a machine → what its kernel can do, and what the agent makes of it |
 //! | [`mesh`] | manifests, or a Kubernetes API server's objects → an immutable [`mesh::Mesh`] snapshot |
 //! | [`identity`] | SPIFFE ID → current certificate, key and trust bundle |
 //! | [`policy`] | (peer, workload, port) → [`policy::Authorized`] or a reason; pure |
@@ -19,6 +20,7 @@
 //! | [`ca`] | certificate signing requests → certificates |
 //! | [`plaintext`] | plaintext that was seen → readiness for STRICT |
 //! | [`observe`] | counters, access log, admin API |
+//! | [`node_check`] | a node before installing → what is missing, in the way, or to be set |
 //!
 //! [`kubernetes`] is the way to the API server, for the rooms that need one; [`inspect`] answers the admin socket's questions from what the rooms hold and the kernel has;
 //! [`explain`] says what the walk would do to a connection without making one.
@@ -33,11 +35,13 @@ pub mod connection;
 pub mod drain;
 pub mod enrolment;
 pub mod explain;
+pub mod features;
 pub mod identity;
 pub mod inspect;
 pub mod kubernetes;
 pub mod mesh;
 pub mod node;
+pub mod node_check;
 pub mod observe;
 pub mod outcome;
 pub mod plaintext;

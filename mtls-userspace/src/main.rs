@@ -35,8 +35,13 @@ enum Command {
     Verify(cli::verify::Args),
     /// List policies, look over manifests, or explain what they would do to a connection
     Policy(cli::policy::Args),
+    /// Say whether this node can take part, before installing, and what to set: exit 0 it can, 1 not yet, 2 nobody could tell
+    NodeCheck(cli::node_check::Args),
     /// Measure: a load client and its server
     Bench(cli::bench::Bench),
+    /// Find out what this kernel can do
+    #[command(subcommand)]
+    Lab(cli::lab::Lab),
 }
 
 fn main() -> ExitCode {
@@ -50,8 +55,10 @@ fn main() -> ExitCode {
         Command::Connections(args) => cli::connections::main(&args),
         Command::Services(args) => cli::services::main(&args),
         Command::Verify(args) => return cli::verify::main(&args),
+        Command::NodeCheck(args) => return cli::node_check::main(&args),
         Command::Policy(args) => cli::policy::main(args),
         Command::Bench(bench) => bench.run(),
+        Command::Lab(lab) => return cli::lab::main(&lab),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -16,6 +16,7 @@ use crate::config::{Config, MeshSource};
 use crate::drain::Drain;
 use crate::enrolment::Enrolment;
 use crate::explain;
+use crate::features::{Choice, Chosen};
 use crate::identity::{self, Identities};
 use crate::inspect::Inspection;
 use crate::kubernetes::Cluster;
@@ -45,12 +46,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     };
     // Before the kernel half: an agent that cannot stay must not replace the programs of the one that runs.
     let admin = Admin::bind(Some(config.admin), Some(&config.admin_socket)).await.context("admin API")?;
+    let chosen = Chosen::at_start(&config.features)?;
+    tracing::info!("this kernel: {chosen}");
     let capture = Arc::new(
         Capture::start(capture::Config {
             cgroup_root: config.cgroup_root.clone(),
             bpffs: config.bpffs.clone(),
             workers: config.workers,
             congestion: config.loopback_congestion.clone(),
+            destroy: chosen.uses(Choice::SocketDestroy),
         })
         .context("kernel half")?,
     );
@@ -79,7 +83,9 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         inbox.clone(),
     );
     let watch = Arc::new(watch.context("kernel half")?);
-    let tunnel = Arc::new(tunnel::Config::default());
+    let usual = tunnel::Config::default();
+    let retransmit = usual.retransmit.filter(|_| chosen.uses(Choice::TcpRtoMax));
+    let tunnel = Arc::new(tunnel::Config { retransmit, ..usual });
     let workers = (0..config.workers)
         .map(|index| {
             let worker = Worker {
@@ -116,6 +122,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(identities.clone().run(stopped()));
     let pods = Arc::new(ArcSwap::default());
     provide(&observer, &capture, &identities, &source, pods.clone());
+    observer.set_capabilities(chosen.rows());
     let (asked, counted) = (watch.clone(), watch.clone());
     observer.set_plaintext(Arc::new(move || asked.facts()), Arc::new(move || counted.counts()));
     observer.set_inspector(Arc::new(Inspection {

@@ -24,7 +24,6 @@ on_node() {
         "stat -f -c %T /sys/fs/cgroup") if behaves cgroup1; then echo tmpfs; else echo cgroup2fs; fi ;;
         "stat -f -c %T /sys/fs/bpf") if behaves without-bpffs && ! happened mounted; then echo sysfs; else echo bpf_fs; fi ;;
         "mount -t bpf bpf /sys/fs/bpf") touch "$STUB/mounted" ;;
-        "test -e /sys/kernel/btf/vmlinux") ;;
         *) exit 64 ;;
     esac
 }

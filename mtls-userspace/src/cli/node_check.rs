@@ -1,11 +1,11 @@
 //! `mtls node-check`: whether a node can take part, before anything is installed on it, and what to set.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use super::{Align, Output, Table};
-use crate::capture::attached_to_cgroup;
+use crate::features;
 use crate::node_check::{self, Finding, Node, Verdict};
 
 /// Something is missing or in the way.
@@ -24,8 +24,7 @@ pub struct Args {
 }
 
 pub fn main(args: &Args) -> ExitCode {
-    let node = Node { root: args.root.clone(), hooks: attached_to_cgroup(None).ok() };
-    let findings = match node_check::look(&node) {
+    let findings = match findings(&args.root) {
         Ok(findings) => findings,
         Err(error) => {
             eprintln!("mtls: {error}");
@@ -36,6 +35,28 @@ pub fn main(args: &Args) -> ExitCode {
     let _ = print(&findings, args.output, &mut io::stdout().lock());
     let is_ready = !findings.iter().any(|finding| finding.verdict.is_obstacle());
     if is_ready { ExitCode::SUCCESS } else { ExitCode::from(NOT_YET) }
+}
+
+fn findings(root: &Path) -> Result<Vec<Finding>, node_check::Error> {
+    let places = node_check::places(root)?;
+    let features = features::examine(places.cgroup.as_deref(), &places.bpffs.join("mtls"));
+    let can_look = features.machine.capabilities.iter().any(|name| name == "CAP_SYS_ADMIN");
+    let hooks = features.machine.hooks.iter().map(|hook| hook.program.clone()).collect();
+    let mut findings = vec![kernel(&features)];
+    findings.extend(node_check::look(&Node { root: root.into(), hooks: can_look.then_some(hooks) })?);
+    Ok(findings)
+}
+
+/// All that was tried of the kernel, in one line.
+fn kernel(report: &features::Report) -> Finding {
+    let lacking = report.features.iter().filter(|tried| tried.feature.required && tried.works == Some(false));
+    let lacking: Vec<&str> = lacking.map(|tried| tried.feature.name).collect();
+    let verdict = if lacking.is_empty() {
+        Verdict::Good
+    } else {
+        Verdict::Conflict { because: format!("no {}; `mtls lab features` says more", lacking.join(", no ")) }
+    };
+    Finding { what: "kernel", seen: format!("{} {}", report.machine.kernel, report.machine.architecture), verdict }
 }
 
 fn print(findings: &[Finding], output: Output, out: &mut impl Write) -> io::Result<()> {

@@ -10,7 +10,8 @@ const USUAL: &str = "/sys/fs/cgroup";
 /// Directories between the hierarchy's root and kubelet's: kind's nodes have up to two.
 const DEPTH: usize = 3;
 
-fn root(mounts: &[Mount]) -> Option<&str> {
+/// Where cgroup2 is mounted; the usual place, if there are several.
+pub fn root(mounts: &[Mount]) -> Option<&str> {
     let points: Vec<&str> =
         mounts.iter().filter(|mount| mount.filesystem == "cgroup2").map(|mount| mount.point.as_str()).collect();
     points.iter().find(|point| **point == USUAL).or(points.first()).copied()

@@ -1,7 +1,7 @@
 //! A node before anything is installed on it: its file system and what is attached to its hooks in, findings and what
 //! to set out.
 //!
-//! Looks and never touches. What the kernel can do is [another room's](crate::capture) matter; this one asks what else
+//! Looks and never touches. What the kernel can do is tried in [another room](crate::features); this one asks what else
 //! lives on the node: its cgroups, its CNI, other meshes, taken ports.
 
 mod cgroups;
@@ -69,6 +69,26 @@ impl fmt::Display for Verdict {
             Self::Conflict { because } => write!(f, "CONFLICT: {because}"),
         }
     }
+}
+
+/// Where hooks and pins would be, seen from here.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Places {
+    pub cgroup: Option<PathBuf>,
+    pub bpffs: PathBuf,
+}
+
+/// Finds the places that an agent would be given.
+///
+/// # Errors
+///
+/// As [`look`].
+pub fn places(root: &Path) -> Result<Places, Error> {
+    let mounts = mounts::of_the_node(root)?;
+    Ok(Places {
+        cgroup: cgroups::root(&mounts).map(|point| inside(root, point)),
+        bpffs: inside(root, mounts::pins(&mounts)),
+    })
 }
 
 /// Looks at everything.

@@ -27,6 +27,13 @@ fn mount(line: &str) -> Option<Mount> {
 
 const USUAL: &str = "/sys/fs/bpf";
 
+/// The BPF file system to pin in: the usual one, or whichever there is.
+pub fn pins(mounts: &[Mount]) -> &str {
+    let points: Vec<&str> =
+        mounts.iter().filter(|mount| mount.filesystem == "bpf").map(|mount| mount.point.as_str()).collect();
+    if points.contains(&USUAL) { USUAL } else { points.first().copied().unwrap_or(USUAL) }
+}
+
 /// Where pinned programs outlive the agent.
 pub fn bpffs(mounts: &[Mount]) -> Finding {
     let points: Vec<&str> =

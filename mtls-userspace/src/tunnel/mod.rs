@@ -69,8 +69,8 @@ pub struct Config {
     pub idle_client: Duration,
     pub idle_server: Duration,
     /// Longest wait between TCP retransmissions: fifteen of them without an answer end a tunnel to a dead peer, with
-    /// two seconds after about half a minute. Kernels before 6.15 wait longer.
-    pub retransmit: Duration,
+    /// two seconds after about half a minute. `None` leaves it to the kernel; those before 6.15 know nothing else.
+    pub retransmit: Option<Duration>,
     /// A tunnel's receive buffer, which bounds how far a writer runs ahead of a reader that sleeps; `None` leaves it
     /// to the kernel's tuning. 2 MiB are 16 Gbit/s at a millisecond's round trip.
     pub receive_buffer: Option<usize>,
@@ -90,7 +90,7 @@ impl Default for Config {
             handshake_timeout: Duration::from_secs(10),
             idle_client: Duration::from_secs(60),
             idle_server: Duration::from_secs(90),
-            retransmit: Duration::from_secs(2),
+            retransmit: Some(Duration::from_secs(2)),
             receive_buffer: Some(2 << 20),
             idle_per_destination: 64,
             idle_total: 1024,
