@@ -5,6 +5,7 @@
 
 mod applications;
 mod args;
+mod cluster;
 mod cost;
 mod fairness;
 mod measure;
@@ -37,9 +38,10 @@ fn main() -> Result<()> {
     let files = cost::raise_limits()?;
     fs::create_dir_all(&args.out).with_context(|| format!("make {}", args.out.display()))?;
     let mut results = Results::default();
-    let environment = match &args.scale {
-        Some(sizes) => scale::run(sizes, &mut results)?,
-        None => {
+    let environment = match (&args.scale, &args.cluster) {
+        (Some(sizes), _) => scale::run(sizes, &mut results)?,
+        (None, Some(sizes)) => cluster::run(sizes, &mut results)?,
+        (None, None) => {
             let mut world = World::build(&args, files)?;
             run(&mut world, &args, &mut results)?;
             Environment::of(&world.ways.first().context("no paths")?.client)?

@@ -83,14 +83,14 @@ fn measure(lab: &Lab, mesh: &mut Mesh, client: &Pod, server: &Arc<Pod>, vip: &st
     Ok(figures)
 }
 
-fn without_prefixes(args: &mut Vec<String>) {
+pub fn without_prefixes(args: &mut Vec<String>) {
     while let Some(at) = args.iter().position(|arg| arg == "--mesh-prefix") {
         args.drain(at..at + 2);
     }
 }
 
 /// Waits until connections pass, or don't.
-fn until(client: &Pod, address: &str, pass: bool) -> Result<()> {
+pub fn until(client: &Pod, address: &str, pass: bool) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
         let mut command = client.command(mtls()?);
@@ -103,7 +103,7 @@ fn until(client: &Pod, address: &str, pass: bool) -> Result<()> {
 }
 
 /// Kernel memory of the maps that a process holds.
-fn map_bytes(pid: u32) -> Result<u64> {
+pub fn map_bytes(pid: u32) -> Result<u64> {
     let mut seen = Vec::new();
     let mut total = 0;
     for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))?.flatten() {

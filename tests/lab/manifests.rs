@@ -72,9 +72,11 @@ impl Lab {
         let node = self.nodes().first().context("a lab without nodes")?;
         let listener = node.netns().within(|| TcpListener::bind(SocketAddr::new(node.ip(), API_PORT)))?;
         let api = ApiServer::start(listener)?;
-        for node in self.nodes() {
+        for (at, node) in self.nodes().iter().enumerate() {
+            let role = if at == 0 { "control-plane" } else { "worker" };
+            let labels = json!({ format!("node-role.kubernetes.io/{role}"): "" });
             api.apply(&json!({
-                "apiVersion": "v1", "kind": "Node", "metadata": { "name": node.name() },
+                "apiVersion": "v1", "kind": "Node", "metadata": { "name": node.name(), "labels": labels },
                 "status": { "addresses": [{ "type": "InternalIP", "address": node.ip() }] },
             }))?;
         }

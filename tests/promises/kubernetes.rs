@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use mtls_tests::{Lab, Level, MARKER, Mesh, Mode, Options, PodSpec, eventually};
 use serde_json::json;
 
@@ -26,7 +26,8 @@ fn a_label_encrypts_strict_refuses_and_taking_the_label_away_releases() -> Resul
     let to = scene.server.addr(7000).to_string();
     let markers = |scene: &Scene| -> Result<u64> {
         let wire = scene.lab.watch_wire()?;
-        assert_echoed(&scene.far.app(&["dial", "echo", &to, "--message", MARKER])?);
+        let answer = scene.far.app(&["dial", "echo", &to, "--message", MARKER])?;
+        ensure!(answer["ended"] == "eof", "not served: {answer}");
         Ok(wire.finish()?.markers())
     };
     assert_eq!(markers(&scene)?, 2, "not enrolled: there and back in the clear");
@@ -45,6 +46,14 @@ fn a_label_encrypts_strict_refuses_and_taking_the_label_away_releases() -> Resul
         assert_echoed(&client.app(&["dial", "echo", &to])?);
     }
     assert_echoed(&intruder.app(&["dial", "echo", &to])?);
+
+    // What an API server calls, a webhook for example, it calls from its node.
+    assert_echoed(&scene.lab.node("node-a")?.app(&["dial", "echo", &to])?);
+    let named = eventually(Duration::from_secs(10), || {
+        let said = scene.mesh.agent("node-b").readiness(&["shop", "--window", "10m"]).ok()?;
+        said.stdout.contains("node node-a: API server or host").then_some(())
+    });
+    assert!(named.is_some(), "{}", scene.mesh.agent("node-b").readiness(&["shop"])?.stdout);
 
     scene.lab.peer_authentication(Level::Mesh, Mode::Strict)?;
     let refused = eventually(Duration::from_secs(10), || {

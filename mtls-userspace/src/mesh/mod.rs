@@ -177,11 +177,11 @@ impl Mesh {
     /// A pod of which only its slice has told so far could be enrolled: to dial it would be to risk plaintext.
     fn is_known(&self, endpoint: &Endpoint) -> bool {
         let address = endpoint.address.ip();
-        !endpoint.is_pod || self.by_address.contains_key(&address) || self.hosts.at(address).is_some()
+        !endpoint.is_pod || self.by_address.contains_key(&address) || self.hosts.owns(address)
     }
 
-    /// The node that has this address, if nodes are known. Whatever runs on its network, the API server of a control
-    /// plane node for example, comes from there.
+    /// The node that dials from this address, if nodes are known: whatever runs on its network, for example the API
+    /// server of a control plane node.
     pub fn node_at(&self, address: IpAddr) -> Option<&NodeName> {
         self.hosts.at(address)
     }

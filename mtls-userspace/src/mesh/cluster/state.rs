@@ -188,7 +188,6 @@ impl State {
                 self.fresh.policies |= !self.authorization_policies.end().is_empty();
             }
         }
-        self.interner.sweep();
     }
 
     pub(super) fn seen(&mut self, object: Object) {
@@ -382,6 +381,7 @@ impl State {
     /// A snapshot of what is known now.
     pub(super) fn build(&mut self, generation: u64) -> Mesh {
         let fresh = std::mem::take(&mut self.fresh);
+        self.interner.sweep_if_grown();
         if fresh.pods {
             self.last.claims.clear();
             let (workloads, by_address) = self.workloads();
