@@ -7,7 +7,7 @@
 # IMAGE: the archive that `cargo xtask image` made. KIND_NODE_IMAGE: another Kubernetes version.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
-# shellcheck source=deploy/sample/steps.sh
+# shellcheck source-path=SCRIPTDIR source=../sample/steps.sh
 . "$root/deploy/sample/steps.sh"
 
 cluster=mtls

@@ -8,7 +8,7 @@
 # minikube's own virtual machines may be older than 5.15.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
-# shellcheck source=deploy/sample/steps.sh
+# shellcheck source-path=SCRIPTDIR source=../sample/steps.sh
 . "$root/deploy/sample/steps.sh"
 
 cluster=mtls

@@ -51,7 +51,11 @@ fn tried(script: &str, args: &[&str], behaves: &str) -> Result<Tried> {
         }
     }
     let calls = std::fs::read_to_string(scratch.0.join("calls")).unwrap_or_default();
-    Ok(Tried { finished, calls: calls.lines().map(str::to_owned).collect(), applied: applied.join("\n---\n") })
+    Ok(Tried {
+        finished,
+        calls: calls.lines().map(str::to_owned).collect(),
+        applied: applied.join("\n---\n"),
+    })
 }
 
 #[test]
@@ -95,7 +99,8 @@ fn they_install_prove_and_measure() -> Result<()> {
         assert_eq!(cells(table[1])[0], "plain");
         assert!(table[2].contains("req/s"), "{table:?}");
         // Nothing was applied that Kubernetes would not take; policies are judged elsewhere.
-        let documents = tried.applied.split("\n---\n").filter(|text| !text.contains("security.istio.io/v1\nkind: Peer"));
+        let documents =
+            tried.applied.split("\n---\n").filter(|text| !text.contains("security.istio.io/v1\nkind: Peer"));
         let scratch = Scratch::new("applied")?;
         let file = scratch.write("applied.yaml", &documents.collect::<Vec<_>>().join("\n---\n"))?;
         run("kubernetes-validate", &["--strict", "--quiet", &file.to_string_lossy()])?.success()?;
@@ -118,7 +123,11 @@ fn what_is_not_proven_fails_and_says_so() -> Result<()> {
         for script in SCRIPTS {
             let tried = tried(script, &[], behaves)?;
             assert!(!tried.finished.status.success(), "{script}, {behaves}");
-            assert!(tried.finished.stderr.contains(expected), "{script}, {behaves}: {}", tried.finished.stderr);
+            assert!(
+                tried.finished.stderr.contains(expected),
+                "{script}, {behaves}: {}",
+                tried.finished.stderr
+            );
             assert!(!tried.finished.stdout.contains("req/s"), "{script}, {behaves}: a table all the same");
         }
     }

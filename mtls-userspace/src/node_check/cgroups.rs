@@ -12,8 +12,11 @@ const DEPTH: usize = 3;
 
 /// Where cgroup2 is mounted; the usual place, if there are several.
 pub fn root(mounts: &[Mount]) -> Option<&str> {
-    let points: Vec<&str> =
-        mounts.iter().filter(|mount| mount.filesystem == "cgroup2").map(|mount| mount.point.as_str()).collect();
+    let points: Vec<&str> = mounts
+        .iter()
+        .filter(|mount| mount.filesystem == "cgroup2")
+        .map(|mount| mount.point.as_str())
+        .collect();
     points.iter().find(|point| **point == USUAL).or(points.first()).copied()
 }
 
@@ -44,7 +47,8 @@ pub fn driver(node: &Path, mounts: &[Mount]) -> Finding {
         Some(name) if name.ends_with(".slice") => (format!("systemd ({name})"), Verdict::Good),
         Some(name) => (format!("cgroupfs ({name})"), Verdict::Good),
         None => {
-            let because = "no pod runs here, or kubelet's cgroups are elsewhere (--cgroup-root must be above them)";
+            let because =
+                "no pod runs here, or kubelet's cgroups are elsewhere (--cgroup-root must be above them)";
             ("no kubepods".into(), Verdict::Known { because: because.into() })
         }
     };

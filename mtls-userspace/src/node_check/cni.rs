@@ -9,7 +9,8 @@ use serde::Deserialize;
 
 use super::{Finding, Node, Verdict, inside};
 
-const DIRECTORIES: [&str; 3] = ["/etc/cni/net.d", "/var/lib/rancher/k3s/agent/etc/cni/net.d", "/etc/cni/multus/net.d"];
+const DIRECTORIES: [&str; 3] =
+    ["/etc/cni/net.d", "/var/lib/rancher/k3s/agent/etc/cni/net.d", "/etc/cni/multus/net.d"];
 /// Our own name in a chain.
 const OURS: &str = "mtls-cni";
 
@@ -40,7 +41,8 @@ pub fn look(node: &Node) -> Vec<Finding> {
             findings.extend(kinds.iter().filter_map(|kind| neighbour(kind)));
         }
         Ok(None) => {
-            let because = "kubelet has no network here yet; the plugin is put into the configuration when there is one";
+            let because =
+                "kubelet has no network here yet; the plugin is put into the configuration when there is one";
             let verdict = Verdict::Known { because: because.into() };
             findings.push(Finding { what: "CNI", seen: format!("nothing in {}", DIRECTORIES[0]), verdict });
         }
@@ -145,8 +147,12 @@ fn neighbour(kind: &str) -> Option<Finding> {
 }
 
 /// Programs that replace a Service's address when a socket connects, by the start of their names.
-const BALANCERS: [(&str, &str); 4] =
-    [("cil_sock", "Cilium"), ("sock4_connect", "Cilium"), ("sock6_connect", "Cilium"), ("calico_connect", "Calico")];
+const BALANCERS: [(&str, &str); 4] = [
+    ("cil_sock", "Cilium"),
+    ("sock4_connect", "Cilium"),
+    ("sock6_connect", "Cilium"),
+    ("calico_connect", "Calico"),
+];
 
 fn balancer(hooks: Option<&[String]>) -> Option<Finding> {
     const WHAT: &str = "Services' addresses";
@@ -160,10 +166,15 @@ fn balancer(hooks: Option<&[String]>) -> Option<Finding> {
             what: WHAT,
             seen: format!("replaced at connect by {whose}'s socket load balancer"),
             verdict: Verdict::Known {
-                because: "then connections are seen with the pod's address, which is in the mesh as well".into(),
+                because: "then connections are seen with the pod's address, which is in the mesh as well"
+                    .into(),
             },
         },
-        None => Finding { what: WHAT, seen: "replaced on the way (kube-proxy or the like)".into(), verdict: Verdict::Good },
+        None => Finding {
+            what: WHAT,
+            seen: "replaced on the way (kube-proxy or the like)".into(),
+            verdict: Verdict::Good,
+        },
     };
     Some(finding)
 }

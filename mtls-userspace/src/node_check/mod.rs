@@ -36,19 +36,30 @@ pub struct Finding {
 pub enum Verdict {
     Good,
     /// Works, and is worth knowing.
-    Known { because: String },
-    /// Works once this value of the chart is set; overlays patch the same path.
-    Set { value: &'static str, to: String },
+    Known {
+        because: String,
+    },
+    /// Works once this value of the chart is set, or the path patched that it stands for.
+    Set {
+        value: &'static str,
+        to: String,
+    },
     /// Can be put right before installing.
-    Missing { remedy: String },
+    Missing {
+        remedy: String,
+    },
     /// Does not work together.
-    Conflict { because: String },
+    Conflict {
+        because: String,
+    },
 }
 
 /// Why a node could not be looked at.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot read {path}: {source}; on the node itself be root, in a pod mount the node's / and name it with --root")]
+    #[error(
+        "cannot read {path}: {source}; on the node itself be root, in a pod mount the node's / and name it with --root"
+    )]
     Unreadable { path: PathBuf, source: std::io::Error },
 }
 
@@ -63,7 +74,7 @@ impl fmt::Display for Verdict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Good => f.write_str("good"),
-            Self::Known { because } => write!(f, "good: {because}"),
+            Self::Known { because } => write!(f, "note: {because}"),
             Self::Set { value, to } => write!(f, "set {value}={to}"),
             Self::Missing { remedy } => write!(f, "MISSING: {remedy}"),
             Self::Conflict { because } => write!(f, "CONFLICT: {because}"),
@@ -87,7 +98,7 @@ pub fn places(root: &Path) -> Result<Places, Error> {
     let mounts = mounts::of_the_node(root)?;
     Ok(Places {
         cgroup: cgroups::root(&mounts).map(|point| inside(root, point)),
-        bpffs: inside(root, mounts::pins(&mounts)),
+        bpffs: inside(root, mounts::BPFFS),
     })
 }
 
@@ -98,7 +109,8 @@ pub fn places(root: &Path) -> Result<Places, Error> {
 /// When what every node has can't be read: then nothing could be said.
 pub fn look(node: &Node) -> Result<Vec<Finding>, Error> {
     let mounts = mounts::of_the_node(&node.root)?;
-    let mut findings = vec![cgroups::hierarchy(&mounts), cgroups::driver(&node.root, &mounts), mounts::bpffs(&mounts)];
+    let mut findings =
+        vec![cgroups::hierarchy(&mounts), cgroups::driver(&node.root, &mounts), mounts::bpffs(&mounts)];
     findings.extend(cni::look(node));
     findings.extend(ports::look(&node.root)?);
     Ok(findings)

@@ -25,26 +25,18 @@ fn mount(line: &str) -> Option<Mount> {
     })
 }
 
-const USUAL: &str = "/sys/fs/bpf";
+/// Where everybody expects it, and where systemd mounts it.
+pub const BPFFS: &str = "/sys/fs/bpf";
 
-/// The BPF file system to pin in: the usual one, or whichever there is.
-pub fn pins(mounts: &[Mount]) -> &str {
-    let points: Vec<&str> =
-        mounts.iter().filter(|mount| mount.filesystem == "bpf").map(|mount| mount.point.as_str()).collect();
-    if points.contains(&USUAL) { USUAL } else { points.first().copied().unwrap_or(USUAL) }
-}
-
-/// Where pinned programs outlive the agent.
+/// Where pinned programs outlive the agent. One that is mounted elsewhere is somebody's own.
 pub fn bpffs(mounts: &[Mount]) -> Finding {
-    let points: Vec<&str> =
-        mounts.iter().filter(|mount| mount.filesystem == "bpf").map(|mount| mount.point.as_str()).collect();
-    let verdict = match points.first() {
-        _ if points.contains(&USUAL) => Verdict::Good,
-        Some(point) => Verdict::Set { value: "node.paths.bpffs", to: (*point).to_owned() },
-        None => Verdict::Missing {
-            remedy: format!("mount -t bpf bpf {USUAL}, and the same in /etc/fstab: bpf {USUAL} bpf defaults 0 0"),
-        },
+    let is_there = mounts.iter().any(|mount| mount.filesystem == "bpf" && mount.point == BPFFS);
+    let (seen, verdict) = match is_there {
+        true => (format!("mounted at {BPFFS}"), Verdict::Good),
+        false => {
+            let remedy = format!("mount -t bpf bpf {BPFFS}, and in /etc/fstab: bpf {BPFFS} bpf defaults 0 0");
+            (format!("not mounted at {BPFFS}"), Verdict::Missing { remedy })
+        }
     };
-    let seen = if points.is_empty() { "not mounted".into() } else { points.join(", ") };
     Finding { what: "BPF file system", seen, verdict }
 }

@@ -49,7 +49,9 @@ fn on_the_node(is_taken: bool) -> Finding {
         false => ("free", Verdict::Good),
         true => (
             "taken",
-            Verdict::Known { because: "if that is not an agent of ours: metrics and health of ours need it".into() },
+            Verdict::Known {
+                because: "if that is not an agent of ours: metrics and health of ours need it".into(),
+            },
         ),
     };
     Finding { what: "port 15020 of the node", seen: seen.into(), verdict }
@@ -61,15 +63,17 @@ fn in_the_pods(taken: &BTreeMap<u16, usize>) -> Finding {
         return Finding { what: WHAT, seen: "free".into(), verdict: Verdict::Good };
     }
     let seen: Vec<String> = taken.iter().map(|(port, pods)| format!("{port} in {pods}")).collect();
-    let because = "those pods have another mesh's proxy, or this one's: they can't be enrolled while it is in them; \
+    let because =
+        "those pods have another mesh's proxy, or this one's: they can't be enrolled while it is in them; \
                    others can"
-        .into();
+            .into();
     Finding { what: WHAT, seen: format!("taken: {}", seen.join(", ")), verdict: Verdict::Known { because } }
 }
 
 /// Ports that something listens on, over either address family.
 fn listening(process: &Path) -> BTreeSet<u16> {
-    let tables = ["net/tcp", "net/tcp6"].map(|table| fs::read_to_string(process.join(table)).unwrap_or_default());
+    let tables =
+        ["net/tcp", "net/tcp6"].map(|table| fs::read_to_string(process.join(table)).unwrap_or_default());
     tables.iter().flat_map(|table| table.lines().skip(1)).filter_map(listener).collect()
 }
 
