@@ -58,6 +58,22 @@ impl Container {
         Ok(self)
     }
 
+    /// With another value for a flag.
+    pub fn with_argument(mut self, flag: &str, value: &str) -> Result<Self> {
+        let args = self.config["process"]["args"].as_array_mut().context("no arguments")?;
+        let is_it = |arg: &&mut Value| arg.as_str().is_some_and(|arg| arg.split('=').next() == Some(flag));
+        *args.iter_mut().find(is_it).with_context(|| format!("no {flag}"))? =
+            format!("{flag}={value}").into();
+        Ok(self)
+    }
+
+    /// With a file that kubelet would write for it.
+    pub fn with_file(mut self, place: &str, text: &str) -> Result<Self> {
+        let file = self.scratch.write(&place.replace('/', "-"), text)?;
+        self.config["mounts"].as_array_mut().context("no mounts")?.push(bind(&file, place, true));
+        Ok(self)
+    }
+
     /// Starts it in place of the agent that ran on this node until now.
     pub fn launch(&self, lab: &Lab, mesh: &mut Mesh, node: &str) -> Result<()> {
         self.scratch.write("config.json", &self.config.to_string())?;

@@ -7,6 +7,7 @@
 mod container;
 mod image;
 mod kinds;
+mod names;
 mod permissions;
 mod privileges;
 mod rendered;

@@ -111,3 +111,24 @@ fn without_one_of_them_it_names_what_is_missing() -> Result<()> {
     container.launch(&lab, &mut mesh, "node-a")?;
     mesh.agent("node-a").await_ready()
 }
+
+/// Why SYS_PTRACE is among them: processes of pods have privileges that the agent has not.
+#[test]
+fn a_pods_namespace_shows_only_to_who_may_look_at_others() -> Result<()> {
+    if skip(&["ip", "setpriv", "stat"]) {
+        return Ok(());
+    }
+    let lab = Lab::two_nodes()?;
+    let pod = lab.pod("node-a", "pod")?;
+    let server = pod.serve(&["echo", "--listen", "[::]:7000"])?;
+    let place = format!("/proc/{}/ns/net", server.pid());
+    let look = |capabilities: &str| -> Result<bool> {
+        let only = format!("--bounding-set=-all,{capabilities}");
+        let node = lab.node("node-a")?;
+        let looked = node.run("setpriv", &["--inh-caps=-all", &only, "stat", "--dereference", &place])?;
+        Ok(looked.status.success())
+    };
+    assert!(look("+net_admin,+sys_admin,+sys_ptrace")?);
+    assert!(!look("+net_admin,+sys_admin")?);
+    Ok(())
+}
