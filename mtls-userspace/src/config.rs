@@ -14,8 +14,12 @@ use ipnet::IpNet;
 use serde::Deserialize;
 
 use crate::features::Forced;
-use crate::identity::{Credential, TrustDomain};
+use crate::identity::TrustDomain;
 use crate::observe::AccessLog;
+
+mod identity_source;
+
+pub use identity_source::IdentitySource;
 
 /// What `mtls node` was told, before validation.
 #[derive(clap::Args, Deserialize, Default, Debug)]
@@ -56,6 +60,12 @@ pub struct Options {
     /// Its private key (PEM) [default: in the same file]
     #[arg(long, value_name = "FILE")]
     ca_node_key: Option<PathBuf>,
+    /// Instead of an authority: unix socket of a SPIFFE Workload API, for example unix:///run/spire/agent.sock
+    #[arg(long, value_name = "SOCKET")]
+    spiffe_socket: Option<String>,
+    /// Revocation lists (PEM) for peers' certificates, besides what the authority gives; changes are picked up
+    #[arg(long, value_name = "FILE")]
+    crl: Option<PathBuf>,
     /// Trust domain of every identity [default: cluster.local]
     #[arg(long)]
     trust_domain: Option<String>,
@@ -109,6 +119,9 @@ pub enum SameNode {
     Relay,
     /// Through a TLS tunnel, as between nodes
     Encrypt,
+    /// From pod to pod in the kernel, once the first connection of a pair was let in: nobody copies a byte. They cross
+    /// the node's pod network (veth, bridge) as the application wrote them
+    Direct,
 }
 
 /// Where the mesh is described.
@@ -127,10 +140,8 @@ pub enum MeshSource {
 pub struct Config {
     pub node: Arc<str>,
     pub mesh: MeshSource,
-    pub ca_address: String,
-    pub ca_root: PathBuf,
-    /// Proves this node to the authority.
-    pub ca_credential: Credential,
+    pub identities: IdentitySource,
+    pub crl: Option<PathBuf>,
     pub trust_domain: TrustDomain,
     pub root_namespace: Arc<str>,
     pub certificate_lifetime: Duration,
@@ -183,32 +194,9 @@ impl Options {
             None => self,
         };
         let mut mistakes = Mistakes::default();
+        let identities = options.identities(&mut mistakes);
         let mesh = mistakes.mesh(&options, std::env::var_os(IN_A_POD).is_some());
         let node = mistakes.required("node", options.node);
-        let ca_address = mistakes.required("ca-address", options.ca_address);
-        let ca_root = mistakes.required("ca-root", options.ca_root);
-        let ca_credential = match (options.ca_token_file, options.ca_node_cert) {
-            (Some(token), None) => Some(Credential::Token(token)),
-            (None, Some(certificate)) => {
-                let key = options.ca_node_key.clone().unwrap_or_else(|| certificate.clone());
-                Some(Credential::Certificate { certificate, key })
-            }
-            (token, _) => {
-                let are = if token.is_some() { "are both given" } else { "are both missing" };
-                mistakes.0.push(format!(
-                    "--ca-token-file and --ca-node-cert {are}: one proves this node to the authority"
-                ));
-                None
-            }
-        };
-        if options.ca_node_key.is_some() && !matches!(ca_credential, Some(Credential::Certificate { .. })) {
-            mistakes.0.push("--ca-node-key is of no use without --ca-node-cert".into());
-        }
-        if ca_address.as_ref().is_some_and(|a| !a.starts_with("https://")) {
-            mistakes.0.push(
-                "--ca-address must start with https://: certificates are never asked for in the clear".into(),
-            );
-        }
         let trust_domain = options.trust_domain.as_deref().unwrap_or("cluster.local").parse::<TrustDomain>();
         if let Err(error) = &trust_domain {
             mistakes.0.push(format!("--trust-domain: {error}"));
@@ -221,24 +209,16 @@ impl Options {
         if certificate_lifetime == 0 {
             mistakes.0.push("--certificate-lifetime must be at least 1".into());
         }
-        let (
-            Some(node),
-            Some(mesh),
-            Some(ca_address),
-            Some(ca_root),
-            Some(ca_credential),
-            Ok(trust_domain),
-            true,
-        ) = (node, mesh, ca_address, ca_root, ca_credential, trust_domain, mistakes.0.is_empty())
+        let (Some(node), Some(mesh), Some(identities), Ok(trust_domain), true) =
+            (node, mesh, identities, trust_domain, mistakes.0.is_empty())
         else {
             return Err(Error::Invalid(mistakes));
         };
         Ok(Config {
             node: node.into(),
             mesh,
-            ca_address,
-            ca_root,
-            ca_credential,
+            identities,
+            crl: options.crl,
             trust_domain,
             root_namespace: options.root_namespace.as_deref().unwrap_or("istio-system").into(),
             certificate_lifetime: Duration::from_secs(certificate_lifetime),
@@ -278,6 +258,8 @@ impl Options {
             ca_token_file: self.ca_token_file.or(file.ca_token_file),
             ca_node_cert: self.ca_node_cert.or(file.ca_node_cert),
             ca_node_key: self.ca_node_key.or(file.ca_node_key),
+            spiffe_socket: self.spiffe_socket.or(file.spiffe_socket),
+            crl: self.crl.or(file.crl),
             trust_domain: self.trust_domain.or(file.trust_domain),
             root_namespace: self.root_namespace.or(file.root_namespace),
             certificate_lifetime: self.certificate_lifetime.or(file.certificate_lifetime),
@@ -352,7 +334,7 @@ fn default_workers() -> usize {
 mod tests {
     use super::*;
 
-    fn complete() -> Options {
+    pub(super) fn complete() -> Options {
         Options {
             node: Some("a".into()),
             manifests: Some("/m".into()),
@@ -410,26 +392,6 @@ mod tests {
     fn certificates_are_never_asked_for_in_the_clear() {
         let error = Options { ca_address: Some("http://ca:1".into()), ..complete() }.validate().unwrap_err();
         assert!(error.to_string().contains("https://"), "{error}");
-    }
-
-    #[test]
-    fn a_node_proves_itself_in_exactly_one_way() {
-        let certificate = || Some(PathBuf::from("/node.pem"));
-        let with = |options: Options| options.validate().map(|config| config.ca_credential);
-        let alone = || Options { ca_token_file: None, ca_node_cert: certificate(), ..complete() };
-        let expected =
-            |key: &str| Credential::Certificate { certificate: "/node.pem".into(), key: key.into() };
-        assert_eq!(with(alone()).unwrap(), expected("/node.pem"));
-        assert_eq!(with(Options { ca_node_key: Some("/k".into()), ..alone() }).unwrap(), expected("/k"));
-        assert_eq!(with(complete()).unwrap(), Credential::Token("/t".into()));
-        for (wrong, expected) in [
-            (Options { ca_node_cert: certificate(), ..complete() }, "both given"),
-            (Options { ca_token_file: None, ..complete() }, "both missing"),
-            (Options { ca_node_key: certificate(), ..complete() }, "--ca-node-key"),
-        ] {
-            let error = with(wrong).unwrap_err().to_string();
-            assert!(error.contains(expected), "{error}");
-        }
     }
 
     #[test]

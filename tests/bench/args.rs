@@ -79,6 +79,8 @@ pub enum Kind {
     Memory,
     /// Time to the first byte between pods that never spoke
     Cold,
+    /// Time in the kernel half's programs per connection
+    Kernel,
     /// Latency beside another pod's bulk stream and idle connections
     Fairness,
 }

@@ -8,6 +8,7 @@ mod args;
 mod cluster;
 mod cost;
 mod fairness;
+mod kernel;
 mod measure;
 mod metric;
 mod page;
@@ -69,6 +70,9 @@ fn run(world: &mut World, args: &Args, results: &mut Results) -> Result<()> {
     if args.wants(Kind::Memory) {
         total += carried;
     }
+    if args.wants(Kind::Kernel) {
+        total += world.ways.iter().filter(|way| way.is_ours()).count() * args.repetitions;
+    }
     if args.applications {
         total += applications::count(world) * args.repetitions;
     }
@@ -87,6 +91,12 @@ fn run(world: &mut World, args: &Args, results: &mut Results) -> Result<()> {
         }
         if args.wants(Kind::Fairness) {
             neighbours(world, args, results, &mut progress);
+        }
+        if args.wants(Kind::Kernel) {
+            for way in world.ways.iter().filter(|way| way.is_ours()) {
+                let figures = world.agents().and_then(|agents| measure::kernel(way, &agents, args));
+                note(results, &mut progress, &way.name, "kernel half, new connections", figures, 0.0);
+            }
         }
         if args.wants(Kind::Cold) {
             cold(world, results, &mut progress)?;

@@ -93,6 +93,11 @@ impl Mesh {
         known.unwrap_or_else(|| panic!("no agent on {node}"))
     }
 
+    /// Process ids of the agents; none if one doesn't run.
+    pub fn pids(&self) -> Option<Vec<u32>> {
+        self.agents.iter().map(Agent::pid).collect()
+    }
+
     /// Where the authority keeps its key: tests sign certificates of their own with it.
     pub fn ca_dir(&self) -> &Path {
         &self.ca_dir

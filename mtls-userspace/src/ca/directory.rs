@@ -1,4 +1,4 @@
-//! The authority's four PEM files, laid out as Istio's `cacerts`, in a directory or kept elsewhere: their content in, or a
+//! The authority's PEM files, four and revocation lists if there are any, laid out as Istio's `cacerts`, in a directory or kept elsewhere: their content in, or a
 //! self-made root out.
 //!
 //! Judges each file by itself and the key against its certificate; whether the whole leads to a root is tried by
@@ -17,14 +17,17 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::authority::SigningKey;
 use super::{CertificateAuthority, Error};
-use crate::identity::{Certificate, pem_certificates, to_pem};
+use crate::identity::{Certificate, Revocations, pem_certificates, to_pem};
 
 const SIGNER: &str = "ca-cert.pem";
 const KEY: &str = "ca-key.pem";
 const CHAIN: &str = "cert-chain.pem";
 const ROOTS: &str = "root-cert.pem";
 /// What makes a directory an authority's.
-pub(super) const FILES: [&str; 4] = [SIGNER, KEY, CHAIN, ROOTS];
+const NEEDED: [&str; 4] = [SIGNER, KEY, CHAIN, ROOTS];
+const REVOKED: &str = "ca-crl.pem";
+/// All that counts in a directory.
+pub(super) const FILES: [&str; 5] = [SIGNER, KEY, CHAIN, ROOTS, REVOKED];
 
 /// What a directory holds.
 pub(super) struct Stored {
@@ -33,14 +36,24 @@ pub(super) struct Stored {
     /// From the signing certificate towards the root, roots left out.
     pub intermediates: Vec<CertificateDer<'static>>,
     pub roots: Vec<CertificateDer<'static>>,
+    pub revocations: Revocations,
 }
 
-/// The four files' content, wherever they are kept. The key is overwritten when dropped.
+impl Stored {
+    /// A root that signs by itself.
+    pub fn root(root: CertificateDer<'static>, key: SigningKey) -> Self {
+        let (signer, roots) = (root.clone(), vec![root]);
+        Self { signer, key, intermediates: Vec::new(), roots, revocations: Revocations::default() }
+    }
+}
+
+/// The files' content, wherever they are kept. The key is overwritten when dropped.
 pub(super) struct Contents {
     pub signer: Vec<u8>,
     pub key: Zeroizing<Vec<u8>>,
     pub chain: Vec<u8>,
     pub roots: Vec<u8>,
+    pub revoked: Option<Vec<u8>>,
 }
 
 impl Contents {
@@ -49,17 +62,20 @@ impl Contents {
         place: &Path,
         mut content: impl FnMut(&'static str) -> Result<Option<Vec<u8>>, Error>,
     ) -> Result<Option<Self>, Error> {
-        let [signer, key, chain, roots] = FILES;
+        let revoked = content(REVOKED)?;
+        let [signer, key, chain, roots] = NEEDED;
         match (content(signer)?, content(key)?.map(Zeroizing::new), content(chain)?, content(roots)?) {
             (Some(signer), Some(key), Some(chain), Some(roots)) => {
-                Ok(Some(Self { signer, key, chain, roots }))
+                Ok(Some(Self { signer, key, chain, roots, revoked }))
             }
-            (None, None, None, None) => Ok(None),
+            // A revocation list alone is a mistake, and no reason to make a root.
+            (None, None, None, None) if revoked.is_none() => Ok(None),
             (signer, key, chain, roots) => {
                 let there = [signer.is_some(), key.is_some(), chain.is_some(), roots.is_some()];
                 let names =
-                    |wanted| FILES.into_iter().zip(there).filter(move |it| it.1 == wanted).map(|it| it.0);
-                let (found, missing) = (names(true).collect(), names(false).collect());
+                    |wanted| NEEDED.into_iter().zip(there).filter(move |it| it.1 == wanted).map(|it| it.0);
+                let list = revoked.is_some().then_some(REVOKED);
+                let (found, missing) = (names(true).chain(list).collect(), names(false).collect());
                 Err(Error::Incomplete { dir: place.into(), found, missing })
             }
         }
@@ -69,18 +85,19 @@ impl Contents {
     pub(super) fn root(root: &CertificateDer<'static>, key: &SigningKey) -> Self {
         let pem = to_pem([root]).into_bytes();
         let key = Zeroizing::new(key.0.serialize_pem().into_bytes());
-        Self { signer: pem.clone(), key, chain: pem.clone(), roots: pem }
+        Self { signer: pem.clone(), key, chain: pem.clone(), roots: pem, revoked: None }
     }
 
-    /// With the names that they are kept under.
+    /// Those that an authority needs, with the names that they are kept under.
     pub(super) fn named(&self) -> [(&'static str, &[u8]); 4] {
-        let [signer, key, chain, roots] = FILES;
+        let [signer, key, chain, roots] = NEEDED;
         [(signer, &self.signer), (key, &self.key), (chain, &self.chain), (roots, &self.roots)]
     }
 
     /// Judges each by itself and the key against its certificate.
     pub(super) fn understood(&self, place: &Path) -> Result<Stored, Error> {
-        let [signer_path, key_path, chain_path, roots_path] = FILES.map(|name| place.join(name));
+        let [signer_path, key_path, chain_path, roots_path, revoked_path] =
+            FILES.map(|name| place.join(name));
         let signer = signer(&signer_path, &self.signer)?;
         let key = key(&key_path, &self.key)?;
         let certificate = facts(&signer_path, &signer)?;
@@ -89,7 +106,14 @@ impl Contents {
         }
         let roots = roots(&roots_path, &self.roots)?;
         let intermediates = intermediates(&chain_path, &self.chain, &signer, &certificate)?;
-        Ok(Stored { signer, key, intermediates, roots })
+        let revocations = match &self.revoked {
+            Some(pem) => {
+                let authorities: Vec<_> = intermediates.iter().chain(&roots).cloned().collect();
+                revocations(&revoked_path, pem, &authorities)?
+            }
+            None => Revocations::default(),
+        };
+        Ok(Stored { signer, key, intermediates, roots, revocations })
     }
 }
 
@@ -217,6 +241,13 @@ fn intermediates(
         intermediates.push(link);
     }
     Ok(intermediates)
+}
+
+/// Each list must be by an authority of this directory: another's would revoke nothing.
+fn revocations(path: &Path, pem: &[u8], authorities: &[CertificateDer<'_>]) -> Result<Revocations, Error> {
+    Revocations::from_pem(pem, authorities)
+        .and_then(|lists| lists.issued_by(authorities).map(|()| lists))
+        .map_err(|source| Error::Revocations { path: path.into(), source })
 }
 
 fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {

@@ -109,6 +109,7 @@ impl InForce {
             %place,
             roots = next.roots().len(),
             roots_before = before.roots().len(),
+            revocation_lists = next.revocations().lists().count(),
             root_sha256 = next.root_fingerprint(),
             "the changed authority is in force"
         );

@@ -6,7 +6,7 @@
 use std::path::PathBuf;
 use std::time::SystemTime;
 
-use crate::identity::{InvalidCertificate, timestamp};
+use crate::identity::{InvalidCertificate, InvalidRevocations, timestamp};
 
 mod authority;
 mod callers;
@@ -17,6 +17,7 @@ mod in_force;
 mod request;
 mod server;
 mod service;
+mod trust;
 
 pub use authority::CertificateAuthority;
 pub use callers::{
@@ -49,6 +50,9 @@ pub enum Error {
 
     #[error("{path} is unusable: {source}", path = path.display())]
     Certificates { path: PathBuf, source: InvalidCertificate },
+
+    #[error("{path} is unusable: {source}", path = path.display())]
+    Revocations { path: PathBuf, source: InvalidRevocations },
 
     #[error("{path} is unusable: {reason}; it must be one unencrypted private key in PEM", path = path.display())]
     Key { path: PathBuf, reason: String },

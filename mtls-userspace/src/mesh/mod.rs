@@ -175,6 +175,15 @@ impl Mesh {
     }
 
     /// A pod of which only its slice has told so far could be enrolled: to dial it would be to risk plaintext.
+    /// Every endpoint to which [`Self::resolve`] may send connections to a Service's address, dialled on `node`; of more
+    /// than `most`, so many and one. None for any other address.
+    pub fn eligible(&self, dst: OriginalDst, node: &str, most: usize) -> Option<Vec<SocketAddr>> {
+        let vip = self.services.vip(dst.addr())?;
+        let from = Vantage { node, zone: self.hosts.zone(node) };
+        let endpoints = vip.eligible(from, most, |endpoint| self.is_known(endpoint));
+        Some(endpoints.iter().map(|endpoint| endpoint.address).collect())
+    }
+
     fn is_known(&self, endpoint: &Endpoint) -> bool {
         let address = endpoint.address.ip();
         !endpoint.is_pod || self.by_address.contains_key(&address) || self.hosts.owns(address)

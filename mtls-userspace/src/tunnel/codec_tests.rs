@@ -32,19 +32,20 @@ async fn ends() -> (Codec, Codec) {
             not_before: SystemTime::UNIX_EPOCH,
             not_after: SystemTime::now() + Duration::from_secs(60),
         };
-        let bundle = Arc::new(TrustBundle { roots: vec![ca.der().clone()] });
+        let bundle = Arc::new(TrustBundle::new(vec![ca.der().clone()]));
         Arc::new(Identity { version, svid: Arc::new(svid), bundle })
     };
     let client = identity(1, "spiffe://cluster.local/ns/a/sa/client");
     let server = identity(2, "spiffe://cluster.local/ns/a/sa/server");
+    let config = crate::tunnel::Config { rekey_after: 1 << 20, ..Default::default() };
     let configs = TlsConfigs::default();
     let (for_client, for_server) = (configs.of(&client).unwrap(), configs.of(&server).unwrap());
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (far, _) = listener.accept().await.unwrap();
     let (client, server) = tokio::join!(
-        handshake::client(&near, &client, &for_client, 1 << 20),
-        handshake::server(&far, &server, &for_server, 1 << 20),
+        handshake::client(&near, &client, &for_client, &config),
+        handshake::server(&far, &server, &for_server, &config),
     );
     let (mut client, mut server) = (client.unwrap().codec, server.unwrap().codec);
     // The server's real ticket.

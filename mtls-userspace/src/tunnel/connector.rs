@@ -42,6 +42,7 @@ pub struct Connector {
 impl Connector {
     pub fn new(config: Arc<Config>) -> Self {
         let pool = Pool::new(config.idle_client, config.idle_per_destination, config.idle_total);
+        config.peers.serve(&pool);
         Self { config, pool, gate: Arc::default() }
     }
 
@@ -83,7 +84,7 @@ impl Connector {
             .map_err(|_| Error::ConnectTimedOut { address, waited: config.connect_timeout })?
             .map_err(|source| Error::Connect { address, source })?;
         socket::prepare_tunnel(&tcp, config.retransmit, config.receive_buffer)?;
-        let shaking = self.gate.pass(|| handshake::client(&tcp, identity, &configs, config.rekey_after));
+        let shaking = self.gate.pass(|| handshake::client(&tcp, identity, &configs, config));
         let established = timeout(config.handshake_timeout, shaking)
             .await
             .map_err(|_| Error::HandshakeTimedOut { waited: config.handshake_timeout })??;

@@ -3,7 +3,6 @@
 //! Never reads a byte into rustls that comes after the handshake: those stay in [`Incoming`] for the record layer.
 
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
@@ -15,12 +14,14 @@ use tokio::net::TcpStream;
 use crate::identity::Identity;
 
 use super::codec::{Codec, Incoming};
+use super::frame::Role;
+use super::peers::Peer;
 use super::record::{HEADER, MAX_RECORD, RecordError};
 use super::schedule::{Heard, Schedule};
 use super::socket;
 use super::tls::{ALPN, Configs};
-use super::verify::{HandshakeFailure, Peer};
-use super::{Error, Violation};
+use super::verify::HandshakeFailure;
+use super::{Config, Error, Violation};
 
 /// What a finished handshake leaves.
 pub(crate) struct Established {
@@ -33,16 +34,16 @@ pub(crate) async fn client(
     tcp: &TcpStream,
     identity: &Arc<Identity>,
     configs: &Configs,
-    rekey_after: u64,
+    config: &Config,
 ) -> Result<Established, Error> {
     // An address is never sent as SNI; it only keeps the sessions of different servers apart.
     let name = ServerName::IpAddress(tcp.peer_addr()?.ip().into());
     let mut connection =
         Box::new(UnbufferedClientConnection::new(configs.client.clone(), name).map_err(Error::tls)?);
     let (incoming, heard) = drive(tcp, &mut *connection).await?;
-    let proven = outcome(&connection, identity);
+    let proven = outcome(&connection, identity, config, Role::Server);
     let (secrets, kernel) = connection.dangerous_into_kernel_connection().map_err(Error::tls)?;
-    let codec = Codec::new(secrets, Schedule::client(heard, kernel)?, incoming, rekey_after)?;
+    let codec = Codec::new(secrets, Schedule::client(heard, kernel)?, incoming, config.rekey_after)?;
     established(tcp, codec, proven)
 }
 
@@ -50,15 +51,15 @@ pub(crate) async fn server(
     tcp: &TcpStream,
     identity: &Arc<Identity>,
     configs: &Configs,
-    rekey_after: u64,
+    config: &Config,
 ) -> Result<Established, Error> {
     let mut connection =
         Box::new(UnbufferedServerConnection::new(configs.server.clone()).map_err(Error::tls)?);
     let (incoming, heard) = drive(tcp, &mut *connection).await?;
-    let proven = outcome(&connection, identity);
+    let proven = outcome(&connection, identity, config, Role::Client);
     let suite = connection.negotiated_cipher_suite().ok_or(RecordError::UnusableKey)?;
     let (secrets, _) = connection.dangerous_into_kernel_connection().map_err(Error::tls)?;
-    let codec = Codec::new(secrets, Schedule::server(heard, suite)?, incoming, rekey_after)?;
+    let codec = Codec::new(secrets, Schedule::server(heard, suite)?, incoming, config.rekey_after)?;
     established(tcp, codec, proven)
 }
 
@@ -82,15 +83,23 @@ pub(crate) fn refuse(tcp: &TcpStream, mut codec: Codec, error: Error) -> Error {
     error
 }
 
-/// Everything to be known about a peer before its connection may carry a stream.
-fn outcome(connection: &CommonState, identity: &Arc<Identity>) -> Result<(Peer, bool), Error> {
+/// Everything to be known about a peer, whose role is `role`, before its connection may carry a stream.
+fn outcome(
+    connection: &CommonState,
+    identity: &Arc<Identity>,
+    config: &Config,
+    role: Role,
+) -> Result<(Peer, bool), Error> {
     if connection.alpn_protocol() != Some(ALPN) {
         let source = rustls::Error::NoApplicationProtocol;
         return Err(Error::Handshake { failure: HandshakeFailure::Protocol, source });
     }
     let ours = identity.svid.id.trust_domain();
-    let peer = Peer::read(connection.peer_certificates(), ours, SystemTime::now()).map_err(|failure| {
-        Error::Identity { failure, expected: format!("a SPIFFE ID of {ours}"), found: None }
+    let admitted = config.admit(identity, role, connection.peer_certificates());
+    let peer = admitted.map_err(|failure| Error::Identity {
+        failure,
+        expected: format!("a SPIFFE ID of {ours}"),
+        found: None,
     })?;
     Ok((peer, connection.handshake_kind() == Some(HandshakeKind::Resumed)))
 }
