@@ -13,6 +13,8 @@ use clap::ValueEnum;
 use ipnet::IpNet;
 use serde::Deserialize;
 
+use crate::agent_socket;
+use crate::cni::{self, WhenAway};
 use crate::features::Forced;
 use crate::identity::TrustDomain;
 use crate::observe::AccessLog;
@@ -87,6 +89,27 @@ pub struct Options {
     /// Unix socket for `mtls status` and its kin [default: /run/mtls/admin.sock]
     #[arg(long, value_name = "PATH")]
     admin_socket: Option<PathBuf>,
+    /// Unix socket for CNI plugins and succeeding agents [default: agent.sock beside the admin socket]
+    #[arg(long, value_name = "PATH")]
+    agent_socket: Option<PathBuf>,
+    /// The node's /proc, where pods are found by their processes [default: /proc]
+    #[arg(long, value_name = "DIR")]
+    proc: Option<PathBuf>,
+    /// Install the CNI plugin here, and keep it in the configuration that --cni-conf-dir names
+    #[arg(long, value_name = "DIR")]
+    cni_bin_dir: Option<PathBuf>,
+    /// The node's network configuration, usually /etc/cni/net.d
+    #[arg(long, value_name = "DIR")]
+    cni_conf_dir: Option<PathBuf>,
+    /// Seconds that a pod's start waits for the agent before it fails and is tried again [default: 20]
+    #[arg(long, value_name = "SECONDS")]
+    cni_wait: Option<u64>,
+    /// What becomes of pods that start while no agent runs [default: refuse]
+    #[arg(long)]
+    cni_when_agent_is_away: Option<WhenAway>,
+    /// Namespaces whose pods start without the agent's word [default: kube-system, mtls-system]
+    #[arg(long, value_name = "NAMESPACE")]
+    cni_exclude_namespace: Vec<String>,
     /// Capture connections to these networks [default: exactly the addresses of enrolled pods and services]
     #[arg(long, value_name = "CIDR")]
     mesh_prefix: Vec<IpNet>,
@@ -149,6 +172,11 @@ pub struct Config {
     pub bpffs: PathBuf,
     pub admin: SocketAddr,
     pub admin_socket: PathBuf,
+    pub agent_socket: PathBuf,
+    /// Of the node.
+    pub proc: PathBuf,
+    /// Absent: no plugin is installed.
+    pub cni: Option<cni::Settings>,
     /// Empty: exactly the addresses in the mesh.
     pub mesh_prefixes: Vec<IpNet>,
     pub same_node: SameNode,
@@ -194,6 +222,10 @@ impl Options {
             None => self,
         };
         let mut mistakes = Mistakes::default();
+        let agent_socket = options.agent_socket.clone();
+        let admin_socket = options.admin_socket.clone().unwrap_or_else(|| "/run/mtls/admin.sock".into());
+        let agent_socket = agent_socket.unwrap_or_else(|| agent_socket::beside(&admin_socket));
+        let cni = mistakes.cni(&options, &agent_socket);
         let identities = options.identities(&mut mistakes);
         let mesh = mistakes.mesh(&options, std::env::var_os(IN_A_POD).is_some());
         let node = mistakes.required("node", options.node);
@@ -225,7 +257,10 @@ impl Options {
             cgroup_root: options.cgroup_root,
             bpffs: options.bpffs.unwrap_or_else(|| "/sys/fs/bpf/mtls".into()),
             admin: options.admin.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 15020))),
-            admin_socket: options.admin_socket.unwrap_or_else(|| "/run/mtls/admin.sock".into()),
+            admin_socket,
+            agent_socket,
+            proc: options.proc.unwrap_or_else(|| "/proc".into()),
+            cni,
             mesh_prefixes: options.mesh_prefix,
             same_node: options.same_node.unwrap_or_default(),
             workers,
@@ -267,6 +302,17 @@ impl Options {
             bpffs: self.bpffs.or(file.bpffs),
             admin: self.admin.or(file.admin),
             admin_socket: self.admin_socket.or(file.admin_socket),
+            agent_socket: self.agent_socket.or(file.agent_socket),
+            proc: self.proc.or(file.proc),
+            cni_bin_dir: self.cni_bin_dir.or(file.cni_bin_dir),
+            cni_conf_dir: self.cni_conf_dir.or(file.cni_conf_dir),
+            cni_wait: self.cni_wait.or(file.cni_wait),
+            cni_when_agent_is_away: self.cni_when_agent_is_away.or(file.cni_when_agent_is_away),
+            cni_exclude_namespace: if self.cni_exclude_namespace.is_empty() {
+                file.cni_exclude_namespace
+            } else {
+                self.cni_exclude_namespace
+            },
             mesh_prefix: if self.mesh_prefix.is_empty() { file.mesh_prefix } else { self.mesh_prefix },
             same_node: self.same_node.or(file.same_node),
             workers: self.workers.or(file.workers),
@@ -280,6 +326,33 @@ impl Options {
 }
 
 impl Mistakes {
+    fn cni(&mut self, options: &Options, agent_socket: &Path) -> Option<cni::Settings> {
+        let (bin_dir, conf_dir) = match (&options.cni_bin_dir, &options.cni_conf_dir) {
+            (Some(bin_dir), Some(conf_dir)) => (bin_dir.clone(), conf_dir.clone()),
+            (None, None) => return None,
+            _ => {
+                self.0.push("--cni-bin-dir and --cni-conf-dir go together".into());
+                return None;
+            }
+        };
+        let wait = options.cni_wait.unwrap_or(20);
+        if !(1..=120).contains(&wait) {
+            self.0.push("--cni-wait must be between 1 and 120".into());
+        }
+        let mut exclude_namespaces = options.cni_exclude_namespace.clone();
+        if exclude_namespaces.is_empty() {
+            exclude_namespaces = ["kube-system", "mtls-system"].map(str::to_owned).into();
+        }
+        Some(cni::Settings {
+            bin_dir,
+            conf_dir,
+            agent_socket: agent_socket.into(),
+            wait: Duration::from_secs(wait),
+            when_agent_is_away: options.cni_when_agent_is_away.unwrap_or_default(),
+            exclude_namespaces,
+        })
+    }
+
     fn mesh(&mut self, options: &Options, in_a_pod: bool) -> Option<MeshSource> {
         let asks_for_api = options.kubernetes || options.kubeconfig.is_some();
         match &options.manifests {

@@ -33,11 +33,16 @@ impl Drain {
         Some(Working { stop: self.stop.subscribe(), _alive: held.clone() })
     }
 
+    /// Tells everyone to stop taking new work.
+    pub fn begin(&mut self) {
+        self.held = None;
+        self.stop.send_replace(true);
+    }
+
     /// Tells everyone to stop taking new work and waits until all have finished or the time is over.
     /// True when all finished.
     pub async fn run(mut self, limit: Duration) -> bool {
-        self.held = None;
-        self.stop.send_replace(true);
+        self.begin();
         let finished = async { while self.alive.changed().await.is_ok() {} };
         tokio::time::timeout(limit, finished).await.is_ok()
     }

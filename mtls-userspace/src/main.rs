@@ -42,6 +42,8 @@ enum Command {
     Policy(cli::policy::Args),
     /// Say whether this node can take part, before installing, and what to set: exit 0 it can, 1 not yet, 2 nobody could tell
     NodeCheck(cli::node_check::Args),
+    /// Be the CNI plugin of this node, or take it off
+    Cni(cli::cni::Args),
     /// Measure: a load client and its server
     Bench(cli::bench::Bench),
     /// Find out what this kernel can do
@@ -50,6 +52,9 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    if cli::cni::is_called() {
+        return cli::cni::plugin();
+    }
     let result = match Args::parse().command {
         Command::Node(node) => node.run(),
         Command::Ca(ca) => cli::ca::main(ca),
@@ -62,6 +67,10 @@ fn main() -> ExitCode {
         Command::Verify(args) => return cli::verify::main(&args),
         Command::NodeCheck(args) => return cli::node_check::main(&args),
         Command::Policy(args) => cli::policy::main(args),
+        Command::Cni(args) => match cli::cni::main(args) {
+            Ok(code) => return code,
+            Err(error) => Err(error),
+        },
         Command::Bench(bench) => bench.run(),
         Command::Lab(lab) => return cli::lab::main(&lab),
     };

@@ -3,28 +3,35 @@
 //! Control (mesh source, identities, admin, enrolment) runs on a runtime of its own, so that a heavy scrape or a
 //! slow authority never stalls traffic; data threads are in [`crate::worker`].
 
-use std::collections::HashSet;
-use std::sync::Arc;
+use std::pin::pin;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
 use arc_swap::ArcSwap;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 use crate::capture::{self, Capture};
+use crate::cni::Admissions;
 use crate::config::{Config, IdentitySource, MeshSource, SameNode};
+use crate::control::Control;
 use crate::direct::Direct;
-use crate::drain::Drain;
+use crate::door::Door;
+use crate::drain::{Drain, Working};
 use crate::enrolment::Enrolment;
 use crate::explain;
 use crate::features::{Choice, Chosen};
 use crate::identity::{self, Identities};
 use crate::inspect::Inspection;
 use crate::kubernetes::Cluster;
-use crate::mesh::{self, Mesh};
+use crate::locate::Locator;
+use crate::mesh;
 use crate::observe::{self, Admin, IdentityRow, MeshRow, Observer, Plaintext, PodRow, Readiness};
 use crate::plaintext;
-use crate::policy::{Peer, Request};
+use crate::succession::{Phase, Predecessor, Reign};
+use crate::tenure::{Sockets, Tenure};
 use crate::tunnel;
 use crate::worker::{self, LocalPods, Worker};
 
@@ -45,8 +52,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             mesh::Source::kubernetes(cluster, settings, scope).await
         }
     };
+    let predecessor = Predecessor::greet(&config.agent_socket).await.context("agent socket")?;
     // Before the kernel half: an agent that cannot stay must not replace the programs of the one that runs.
-    let admin = Admin::bind(Some(config.admin), Some(&config.admin_socket)).await.context("admin API")?;
+    let port = Admin::bind(Some(config.admin), None).await.context("admin API")?;
+    let sockets = match predecessor {
+        Some(_) => None,
+        None => Some(Sockets::bind(&config).await.context("admin API")?),
+    };
     let chosen = Chosen::at_start(&config.features)?;
     tracing::info!("this kernel: {chosen}");
     let capture = Arc::new(
@@ -66,7 +78,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     });
     let readiness = Readiness::default();
 
-    let drain = Drain::new();
+    let mut drain = Drain::new();
     let local = Arc::new(LocalPods::default());
     let inbox = Arc::new(plaintext::Inbox::default());
     let watch = plaintext::Watch::new(
@@ -109,12 +121,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             worker::start(index, Arc::new(worker), working).context("data thread")
         })
         .collect::<anyhow::Result<Vec<_>>>()?;
+    let admissions = Arc::new(Admissions::default());
     let enrolment = Enrolment::new(
         config.node.clone(),
         capture.clone(),
         workers,
         local.clone(),
         config.mesh_prefixes.clone(),
+        Locator::new(&config.proc, capture.cgroup_root()),
+        admissions.clone(),
     );
 
     let (stop, stopping) = tokio::sync::watch::channel(false);
@@ -141,7 +156,28 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         pods: pods.clone(),
         setting: explain::Setting { prefixes: config.mesh_prefixes.clone(), same_node: config.same_node },
     }));
-    let admin = tokio::spawn(admin.serve(observer.clone(), readiness.clone(), stopped()));
+    let reign = Arc::new(Reign::default());
+    let row = predecessor.as_ref().map(Predecessor::row).unwrap_or_default();
+    let asked = reign.clone();
+    observer.set_succession(
+        Arc::new(move || row.lock().unwrap_or_else(PoisonError::into_inner).clone()),
+        Arc::new(move || asked.phase() >= Phase::Frozen),
+    );
+    let tenure = Tenure {
+        config: config.clone(),
+        reign: reign.clone(),
+        observer: observer.clone(),
+        readiness: readiness.clone(),
+        door: Door {
+            admissions: admissions.clone(),
+            mesh: source.clone(),
+            identities: identities.clone(),
+            observer: observer.clone(),
+            reign: reign.clone(),
+        },
+        stopping: stopping.clone(),
+    };
+    let port = tokio::spawn(tenure.clone().keep_port(port));
     if let Some(events) = capture.events() {
         tokio::spawn(watch_kernel(events, source.clone(), observer.clone(), inbox, watch.clone()));
     }
@@ -149,21 +185,48 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     if let Some(endings) = capture.endings() {
         tokio::spawn(direct.clone().follow(endings));
     }
-    let mut draining = drain.working().context("draining already")?;
-    tokio::spawn(direct.clone().run(async move { draining.stopping().await }));
     let control = Control {
         config: config.clone(),
         source,
         identities,
         enrolment,
+        admissions,
         observer: observer.clone(),
         direct: direct.clone(),
         pods,
+        reign: reign.clone(),
+        settled: None,
     };
-    tokio::spawn(control.run(readiness));
+    let draining = drain.working().context("draining already")?;
+    let begun = tokio::spawn(begin(tenure, control, predecessor, sockets, readiness, draining));
 
     tracing::info!(node = %config.node, workers = config.workers, "agent runs");
-    wait_for_signal().await?;
+    let retired = async {
+        reign.reaches(|phase| *phase >= Phase::Retired).await;
+        // What was on its way to our listeners when the other agent's took over.
+        tokio::time::sleep(LAST_ARRIVALS).await;
+    };
+    let mut signal = pin!(wait_for_signal());
+    tokio::select! {
+        signal = &mut signal => {
+            signal?;
+            // An agent that is just taking over will have every pod in a moment.
+            let decided = reign.reaches(|phase| !matches!(phase, Phase::Challenged | Phase::Frozen));
+            if reign.phase() != Phase::Alone && timeout(TAKING_OVER, decided).await.is_ok() {
+                tokio::time::sleep(LAST_ARRIVALS).await;
+            }
+        }
+        () = retired => {
+            drain.begin();
+            direct.hand_over();
+            tokio::select! {
+                signal = &mut signal => signal?,
+                () = reign.reaches(|phase| *phase == Phase::Orphaned) => {
+                    anyhow::bail!("the agent that took this one's place has gone: ending, to be started anew");
+                }
+            }
+        }
+    }
     tracing::info!(seconds = config.drain.as_secs(), open = observer.open_connections(), "draining");
     if !drain.run(config.drain).await {
         tracing::warn!(
@@ -176,9 +239,63 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     direct.hand_over();
     capture.shutdown_unregister();
     stop.send_replace(true);
-    let _ = tokio::time::timeout(Duration::from_secs(2), admin).await;
+    let last = async { tokio::join!(port, begun) };
+    let _ = tokio::time::timeout(Duration::from_secs(2), last).await;
     observer.flush_access_log(Duration::from_secs(1));
     Ok(())
+}
+
+/// How long an agent that is told to end waits for one that is taking its place.
+const TAKING_OVER: Duration = Duration::from_secs(10);
+/// How long a retired agent accepts what its listeners still hold.
+const LAST_ARRIVALS: Duration = Duration::from_secs(2);
+
+/// Takes the node over, at once or from the agent that has it, and goes on until the end.
+async fn begin(
+    tenure: Tenure,
+    mut control: Control,
+    predecessor: Option<Predecessor>,
+    sockets: Option<Sockets>,
+    readiness: Readiness,
+    mut draining: Working,
+) {
+    if let Some(mut predecessor) = predecessor {
+        // Registered before any can be met.
+        let [succession, ..] = ["succession", "pods", "identities"].map(|name| readiness.condition(name));
+        tokio::select! {
+            () = control.await_certificates(&mut predecessor, &succession) => {}
+            () = draining.stopping() => return,
+        }
+        match predecessor.take_over().await {
+            Ok(()) => {
+                let (settled, all) = oneshot::channel();
+                control.settled = Some(settled);
+                tokio::spawn(async move {
+                    // An agent that ends before it has every pod leaves them to its predecessor.
+                    if all.await.is_ok() {
+                        succession.set_ready();
+                        predecessor.drain().await;
+                    }
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "nothing is left to take over");
+                succession.set_ready();
+            }
+        }
+        control.enrolment.renew();
+    }
+    let sockets = match sockets {
+        Some(sockets) => sockets,
+        None => match Sockets::bind(&tenure.config).await {
+            Ok(sockets) => sockets,
+            Err(error) => return tracing::error!(%error, "this agent has no sockets, and enrols nothing"),
+        },
+    };
+    let sockets = tokio::spawn(tenure.keep_sockets(sockets));
+    tokio::spawn(control.direct.clone().run(async move { draining.stopping().await }));
+    tokio::spawn(control.run(readiness));
+    let _ = sockets.await;
 }
 
 fn identities(config: &Config) -> anyhow::Result<Arc<Identities>> {
@@ -219,66 +336,6 @@ async fn follow_trust(identities: Arc<Identities>, tunnel: Arc<tunnel::Config>) 
     }
 }
 
-/// Follows the mesh and the certificates; the only place where enrolment changes.
-struct Control {
-    config: Arc<Config>,
-    source: mesh::Source,
-    identities: Arc<Identities>,
-    enrolment: Enrolment,
-    observer: Observer,
-    direct: Arc<Direct>,
-    /// What the admin API shows of this node's pods.
-    pods: Arc<ArcSwap<Vec<PodRow>>>,
-}
-
-impl Control {
-    async fn run(mut self, readiness: Readiness) {
-        let pods_ready = readiness.condition("pods");
-        let identities_ready = readiness.condition("identities");
-        let mut mesh_changes = self.source.subscribe();
-        let mut identity_changes = self.identities.subscribe();
-        loop {
-            mesh_changes.mark_unchanged();
-            identity_changes.mark_unchanged();
-            let mesh = self.source.current();
-            let wanted: HashSet<_> = mesh.identities_on(&self.config.node).cloned().collect();
-            self.identities.want(wanted.clone());
-            self.enrolment.reconcile(&mesh).await;
-            self.revoke(&mesh);
-            self.pods.store(Arc::new(self.enrolment.rows(&mesh)));
-
-            match self.enrolment.failed().iter().next() {
-                None => pods_ready.set_ready(),
-                Some((name, reason)) => pods_ready.not_ready(format!("{name}: {reason}")),
-            }
-            match wanted.iter().find(|id| self.identities.current(id).is_none()) {
-                None => identities_ready.set_ready(),
-                Some(id) => identities_ready.not_ready(format!("no certificate for {id} yet")),
-            }
-            // Pods that could not be enrolled are tried again soon; a namespace replaced under its path is noticed.
-            let again = if self.enrolment.failed().is_empty() {
-                Duration::from_secs(5)
-            } else {
-                Duration::from_secs(1)
-            };
-            tokio::select! {
-                changed = mesh_changes.changed() => if changed.is_err() { return },
-                changed = identity_changes.changed() => if changed.is_err() { return },
-                () = tokio::time::sleep(again) => {}
-            }
-        }
-    }
-}
-
-impl Control {
-    /// Ends open connections that the mesh in force refuses: those that this agent carries end themselves.
-    fn revoke(&self, mesh: &Mesh) {
-        tokio::task::block_in_place(|| self.direct.refresh());
-        self.observer.revoke(&|flow| self.direct.unwanted(flow).or_else(|| refused_now(mesh, flow)));
-        tokio::task::block_in_place(|| self.direct.enforce(mesh));
-    }
-}
-
 /// Tells the observer where to ask at scrape time.
 fn provide(
     observer: &Observer,
@@ -310,26 +367,6 @@ fn provide(
             errors: source.errors(),
         }
     }));
-}
-
-/// Whether an open connection would be refused under this snapshot, and by what.
-fn refused_now(mesh: &Mesh, flow: &observe::Flow) -> Option<Arc<str>> {
-    let destination = flow.destination.workload.as_ref()?;
-    // The workload as it is now: its labels may have changed.
-    let Some(now) = mesh.workload(flow.address.ip()).filter(|now| now.key() == destination.key()) else {
-        return Some("the destination pod is gone".into());
-    };
-    let judged_here = flow.direction == observe::Direction::Inbound || flow.path.is_within_node();
-    if !judged_here {
-        return None;
-    }
-    let peer = match &flow.source.identity {
-        Some(identity) => Peer::Verified(identity),
-        None => Peer::Plaintext,
-    };
-    let request =
-        Request { destination: now, address: flow.address, source_ip: flow.original_src.ip(), peer };
-    mesh.policies.authorize(&request).err().map(|denied| denied.to_string().into())
 }
 
 async fn wait_for_signal() -> anyhow::Result<()> {

@@ -22,6 +22,7 @@ use crate::connection;
 use crate::direct::Direct;
 use crate::drain::Working;
 use crate::identity::Identities;
+use crate::locate::Place;
 use crate::mesh::{self, Workload};
 use crate::observe::{Direction, Observer};
 use crate::plaintext;
@@ -50,6 +51,8 @@ pub struct Pod {
     pub socket: Arc<LocalPod>,
     /// Replaced when the pod's manifest changes.
     pub workload: ArcSwap<Workload>,
+    /// Where it lives: replaced when the process that showed it is gone.
+    pub place: ArcSwap<Place>,
 }
 
 /// The enrolled pods of this node by address; replaced whole, read without a lock.

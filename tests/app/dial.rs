@@ -1,8 +1,11 @@
 //! Clients: an address and what to do there in, a report of how it went out.
 
+use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -60,6 +63,8 @@ enum What {
     SendLast,
     /// Open many, echo on each, wait for a line, echo on each again.
     Hold,
+    /// Echo on one connection after the other until a line arrives on standard input, and count what fails.
+    Again,
 }
 
 /// What became of a conversation: how the peer ended it and what there is to say about it.
@@ -77,6 +82,9 @@ impl Dial {
         }
         if self.what == What::Hold {
             return self.hold();
+        }
+        if self.what == What::Again {
+            return self.again();
         }
         let begun = Instant::now();
         let stream = match self.kind.connect(self.to, Duration::from_millis(self.limit_ms)) {
@@ -120,7 +128,7 @@ impl Dial {
 
     fn converse(&self, stream: &TcpStream) -> Outcome {
         match self.what {
-            What::Echo | What::Hold => {
+            What::Echo | What::Hold | What::Again => {
                 let greeting = if self.greeted { Some(line(stream)?) } else { None };
                 let mut echoed = 0;
                 for turn in 0..self.times {
@@ -229,6 +237,30 @@ impl Dial {
                 "stalled_at": stalled, "seconds": seconds,
             }),
         ))
+    }
+
+    fn again(&self) -> Result<()> {
+        let told = Arc::new(AtomicBool::new(false));
+        let tell = Arc::clone(&told);
+        std::thread::spawn(move || {
+            await_line();
+            tell.store(true, Ordering::Relaxed);
+        });
+        let limit = Duration::from_millis(self.limit_ms);
+        let (mut conversations, mut failures) = (0u64, BTreeMap::<String, u64>::new());
+        while !told.load(Ordering::Relaxed) {
+            let outcome = self.kind.connect(self.to, limit).and_then(|stream| {
+                stream.set_read_timeout(Some(limit))?;
+                self.converse(&stream)
+            });
+            match outcome {
+                Ok(_) => conversations += 1,
+                Err(error) => *failures.entry(ending(&Err(error)).to_owned()).or_default() += 1,
+            }
+            std::thread::sleep(Duration::from_millis(self.pause_ms));
+        }
+        report(&json!({ "conversations": conversations, "failures": failures }));
+        Ok(())
     }
 
     fn hold(&self) -> Result<()> {

@@ -5,6 +5,7 @@
 
 mod chat;
 mod dial;
+mod probe;
 mod ring;
 mod scan;
 mod secure;
@@ -39,6 +40,12 @@ enum Command {
     ChatServe(chat::ChatServe),
     /// Hold a gRPC stream.
     ChatDial(chat::ChatDial),
+    /// Answer kubelet's probes.
+    ProbeServe(probe::ProbeServe),
+    /// Probe as kubelet does.
+    Probe(probe::Probe),
+    /// Do nothing, as the container that holds a pod's namespaces.
+    Pause,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -53,7 +60,21 @@ fn main() -> anyhow::Result<()> {
         Command::Scan(scan) => scan.run(),
         Command::ChatServe(serve) => serve.run(),
         Command::ChatDial(dial) => dial.run(),
+        Command::ProbeServe(serve) => serve.run(),
+        Command::Probe(probe) => probe.run(),
+        Command::Pause => pause(),
     }
+}
+
+/// Until a signal, which the first process of a pid namespace gets only if it asks for it.
+fn pause() -> anyhow::Result<()> {
+    use nix::sys::signal::{SigSet, Signal};
+    let mut end = SigSet::empty();
+    end.add(Signal::SIGTERM);
+    end.add(Signal::SIGINT);
+    end.thread_block()?;
+    end.wait()?;
+    Ok(())
 }
 
 /// Prints one report. Nobody may be listening any more, which is no reason to fail.

@@ -165,7 +165,6 @@ fn args(container: &Value, lab: &Lab, node: &str) -> Result<Vec<String>> {
     for arg in texts(container, "/args")? {
         let arg = arg.replace("$(NODE_NAME)", node).replace("$(HOST_IP)", "127.0.0.1");
         args.push(match arg.split('=').next().unwrap_or_default() {
-            flag if flag.starts_with("--cni") => continue, // TEMPORARY
             "--kubernetes" => "--manifests=/lab/manifests".into(),
             // Where the lab's own agent pinned its state, to be adopted.
             "--bpffs" => format!("--bpffs=/sys/fs/bpf/{node}"),

@@ -42,6 +42,19 @@ pub fn remove(path: &Path) -> Result<()> {
     remove_dirs(path)
 }
 
+/// Removes what a container runtime left in the hierarchies of cgroup v1, which the lab itself has no use for.
+pub fn remove_v1(id: &str) -> Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").context("read /proc/self/mountinfo")?;
+    let roots = mounts.lines().filter_map(|line| {
+        let (left, right) = line.split_once(" - ")?;
+        (right.split(' ').next()? == "cgroup").then(|| left.split(' ').nth(4).map(PathBuf::from))?
+    });
+    for path in roots.map(|root| root.join(id)).filter(|path| path.exists()) {
+        remove_dirs(&path)?;
+    }
+    Ok(())
+}
+
 fn populated(path: &Path) -> bool {
     fs::read_to_string(path.join("cgroup.events")).is_ok_and(|events| events.contains("populated 1"))
 }

@@ -10,13 +10,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use crate::kubernetes::lab as cluster;
 use crate::network::plan;
 use crate::process::{Finished, Running};
-use crate::{Lab, Node, Response, http_get, requirements};
+use crate::{Cni, Lab, Node, Response, http_get, requirements};
 
 const CA_PORT: u16 = 15012;
 
@@ -27,6 +26,8 @@ pub struct Options {
     pub drain_seconds: u32,
     pub leaf_lifetime: &'static str,
     pub trust_domain: &'static str,
+    /// Agents put their CNI plugin into their node's directories.
+    pub cni: bool,
     /// Agents and the authority follow the lab's API server, as in a cluster, instead of the directory of manifests.
     pub kubernetes: bool,
     /// Further flags for `mtls node`.
@@ -40,6 +41,7 @@ impl Default for Options {
             drain_seconds: 2,
             leaf_lifetime: "24h",
             trust_domain: "cluster.local",
+            cni: false,
             kubernetes: false,
             node_flags: Vec::new(),
         }
@@ -157,6 +159,11 @@ impl Agent {
         for prefix in plan::MESH_PREFIXES {
             args.extend(["--mesh-prefix".to_owned(), prefix.to_owned()]);
         }
+        if options.cni {
+            let cni = Cni::of(dir, node);
+            args.extend(["--cni-bin-dir".to_owned(), path(&cni.bin_dir)]);
+            args.extend(["--cni-conf-dir".to_owned(), path(&cni.conf_dir)]);
+        }
         args.extend(options.node_flags.iter().cloned());
         Ok(Self { node: Arc::clone(node), args, dir: dir.into(), process: None })
     }
@@ -170,11 +177,29 @@ impl Agent {
     /// Starts the agent without waiting.
     pub fn launch(&mut self) -> Result<()> {
         ensure!(self.process.is_none(), "the agent of {} runs already", self.node.name());
+        self.process = Some(self.start_another()?);
+        Ok(())
+    }
+
+    /// Starts another agent beside this one, as a rolling update does, without waiting for anything.
+    pub fn start_another(&self) -> Result<Running> {
         let mut command = self.command()?;
         command.args(&self.args);
         let (stdout, stderr) = (self.access_log_file(), self.log_file());
-        self.process = Some(Running::start_logged(command, &stdout, &stderr)?);
-        Ok(())
+        Running::start_logged(command, &stdout, &stderr)
+    }
+
+    /// The same until the new one has this one's place, and is what this is from now on. Returns the old one.
+    pub fn replace(&mut self) -> Result<Running> {
+        let new = self.start_another()?;
+        let old = self.process.replace(new).context("the agent does not run")?;
+        let succeeded = eventually(Duration::from_secs(30), || {
+            let metrics = self.metrics().ok()?;
+            (metrics.sum("mtls_agent_ready", &[("condition", "succession")]) == 1.0).then_some(())
+        });
+        succeeded.with_context(|| format!("no agent succeeded on {}:\n{}", self.node.name(), self.log()))?;
+        self.await_ready()?;
+        Ok(old)
     }
 
     /// Starts it by another command, which is asked to end when it is dropped: a container runtime, say.
@@ -224,7 +249,7 @@ impl Agent {
 
     /// Asks it to end, and returns at once.
     pub fn terminate(&self) -> Result<()> {
-        self.process.as_ref().context("the agent does not run")?.signal(Signal::SIGTERM)
+        self.process.as_ref().context("the agent does not run")?.terminate()
     }
 
     /// Waits for its end after [`terminate`](Self::terminate); its exit must be clean.

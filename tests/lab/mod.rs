@@ -14,6 +14,8 @@ pub mod apps;
 mod cgroup;
 mod forgery;
 mod http;
+mod image;
+mod kubelet;
 pub mod kubernetes;
 mod manifests;
 mod mesh;
@@ -33,6 +35,7 @@ use anyhow::{Context, Result, ensure};
 
 pub use forgery::{Credentials, Forger};
 pub use http::{Request, Response, get as http_get};
+pub use kubelet::{Cni, Kubelet, RealPod, RealPodSpec};
 pub use manifests::{Level, Mode, Port};
 pub use mesh::{Agent, Mesh, Metrics, Options, eventually};
 pub use network::plan::MESH_PREFIXES;

@@ -47,6 +47,10 @@ impl Node {
         &self.name
     }
 
+    pub(crate) fn index(&self) -> u8 {
+        self.index
+    }
+
     pub fn netns(&self) -> &Netns {
         &self.netns
     }

@@ -139,6 +139,11 @@ impl Running {
         kill(Pid::from_raw(self.pid() as i32), signal).with_context(|| format!("{signal} to {}", self.name))
     }
 
+    /// Asks it to end, and returns at once.
+    pub fn terminate(&self) -> Result<()> {
+        self.signal(Signal::SIGTERM)
+    }
+
     /// Writes a line to the process's standard input, which must have been piped.
     pub fn say(&mut self, line: &str) -> Result<()> {
         let stdin = self.child.stdin.as_mut().context("its standard input is closed")?;

@@ -25,6 +25,7 @@ pub fn lab(id: &str) -> Result<()> {
     };
     // Processes first: they hold everything else.
     attempt(cgroup::root().and_then(|root| cgroup::remove(&root.join(id))));
+    attempt(cgroup::remove_v1(id));
     for mount in mounts_of(id) {
         attempt(umount2(&mount, MntFlags::empty()).with_context(|| format!("unmount {}", mount.display())));
     }

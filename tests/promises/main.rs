@@ -18,10 +18,12 @@ mod kubernetes;
 mod lab_itself;
 mod load;
 mod observed;
+mod pods;
 mod readiness;
 mod revocation;
 mod services;
 mod strict;
+mod succession;
 mod transparent;
 mod verify;
 

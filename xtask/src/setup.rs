@@ -20,7 +20,7 @@ struct Need {
     why: &'static str,
 }
 
-const NEEDS: [Need; 19] = [
+const NEEDS: [Need; 21] = [
     Need { what: "cc", package: "build-essential", why: "a C compiler, for the cryptographic library" },
     Need { what: "ip", package: "iproute2", why: "the lab's network namespaces" },
     Need { what: "setpriv", package: "util-linux", why: "servers that refuse to run as root" },
@@ -34,6 +34,12 @@ const NEEDS: [Need; 19] = [
     Need { what: "redis-benchmark", package: "redis-tools", why: "load for Redis" },
     Need { what: "mariadbd", package: "mariadb-server", why: "an application of the lab" },
     Need { what: "mariadb-slap", package: "mariadb-client", why: "load for MariaDB" },
+    Need { what: "containerd", package: "containerd", why: "the lab's container runtime" },
+    Need {
+        what: "/usr/lib/cni/bridge",
+        package: "containernetworking-plugins",
+        why: "the network of real pods",
+    },
     Need { what: "chromium", package: "chromium", why: "a browser for the status page" },
     Need {
         what: "runc",

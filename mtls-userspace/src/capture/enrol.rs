@@ -52,13 +52,13 @@ impl Capture {
         state.set_cgroup(netns.cookie(), cgroup)?;
         state.set_modes(netns.cookie(), &KernelModes::from(pod.modes))?;
         state.claim(netns.cookie(), pod.addresses, &found)?;
-        self.pins.lookup_link(pod.name, &netns, state.control.lookup.as_fd())?;
+        let was_fenced = self.pins.lookup_link(pod.name, &netns, state.control.lookup.as_fd())?;
         let listeners = listen::listeners(pod.name, &netns, self.workers)?;
         state.steer(netns.cookie(), &listeners)?;
         let row = Pod { workers: self.workers as u32, ..sources };
         state.control.pods.insert(netns.cookie(), row, 0).map_err(on(map::PODS, "writing"))?;
         let pod = LocalPod { name: pod.name.into(), netns, flows: self.flows.clone(), destroy: self.destroy };
-        Ok(Enrolled { pod: Arc::new(pod), listeners })
+        Ok(Enrolled { pod: Arc::new(pod), listeners, was_fenced })
     }
 
     fn visible_cgroup(&self, pod: &str, path: &Path) -> Result<u64, Error> {
@@ -69,6 +69,17 @@ impl Capture {
         } else {
             Err(Error::OutOfSight { pod: pod.into(), path: path.into(), root: self.cgroup_root.clone() })
         }
+    }
+
+    /// Changes a pod's cgroup: one that started without a process is found in none at first.
+    pub fn set_cgroup(&self, pod: &LocalPod, cgroup: Option<&Path>) -> Result<(), Error> {
+        let cgroup = cgroup.map(|path| self.visible_cgroup(pod.name(), path)).transpose()?;
+        self.state().set_cgroup(pod.netns_cookie(), cgroup)
+    }
+
+    /// Takes up what another agent has done since this one started.
+    pub fn adopt_again(&self) -> Result<(), Error> {
+        self.state().remember()
     }
 
     /// Changes a pod's modes. No port is laxer in between than before and after.
@@ -85,16 +96,35 @@ impl Capture {
 impl State {
     /// Takes up what earlier agents left.
     pub fn adopt(control: Control) -> Result<Self, Error> {
+        let mut state = Self {
+            captured: HashSet::new(),
+            control,
+            modes: HashMap::new(),
+            cgroups: HashMap::new(),
+            untrusted: HashSet::new(),
+        };
+        state.remember()?;
+        Ok(state)
+    }
+
+    fn remember(&mut self) -> Result<(), Error> {
+        self.modes = self.held_modes()?;
+        // Until the pods' owner says otherwise, cgroups known to the earlier agent stay untrusted.
+        let untrusted = self.control.pod_cgroups.keys().collect::<Result<_, _>>();
+        self.untrusted = untrusted.map_err(on(map::POD_CGROUPS, "reading"))?;
+        self.captured = captured(&self.control);
+        Ok(())
+    }
+
+    /// The modes of every pod, as the kernel holds them.
+    pub fn held_modes(&self) -> Result<HashMap<u64, KernelModes>, Error> {
         let mut modes: HashMap<u64, KernelModes> = HashMap::new();
-        for entry in control.modes.iter() {
+        for entry in self.control.modes.iter() {
             let (key, mode) = entry.map_err(on(map::MODES, "reading"))?;
             let step = if key.port == 0 { Step::Default(mode) } else { Step::Set(key.port, mode) };
             modes.entry(key.netns).or_default().apply(step);
         }
-        // Until the pods' owner says otherwise, cgroups known to the earlier agent stay untrusted.
-        let untrusted =
-            control.pod_cgroups.keys().collect::<Result<_, _>>().map_err(on(map::POD_CGROUPS, "reading"))?;
-        Ok(Self { captured: captured(&control), control, modes, cgroups: HashMap::new(), untrusted })
+        Ok(modes)
     }
 
     /// Netns cookies of every pod that has left a trace.

@@ -1,12 +1,15 @@
 //! What really is in force for a pod: looked up in the kernel at the moment of asking, not in our own memory of it.
 //! Changes nothing.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use ipnet::IpNet;
-use mtls_common::{ListenerKey, ModeKey, OUTBOUND_PORT, TUNNEL_PORT, claim, listener, map, mode};
+use mtls_common::{
+    ListenerKey, ModeKey, OUTBOUND_PORT, PLAINTEXT_PORT, TUNNEL_PORT, claim, listener, map, mode,
+};
 
 use super::address::{key4, key6, words};
 use super::diag::Tcp;
@@ -35,6 +38,17 @@ pub struct Place<'a> {
     pub netns: Option<&'a Path>,
     pub cgroup: Option<&'a Path>,
 }
+
+/// A pod by itself, and what must be in force for it.
+pub struct Examined<'a> {
+    pub pod: &'a LocalPod,
+    pub place: Place<'a>,
+    pub addresses: &'a [IpAddr],
+    pub modes: &'a PortModes,
+}
+
+/// How many sockets the kernel half knows of a pod's listeners of one kind.
+type Steered = HashMap<(u64, u16), usize>;
 
 impl Capture {
     /// Whether the pod's connections to `to` are captured: all addresses of the destination pod that it can dial.
@@ -69,6 +83,37 @@ impl Capture {
         ]
     }
 
+    /// Whether everything is in force that protects these pods, one list of facts for each. Reads each map once.
+    pub fn examine_pods(&self, pods: &[Examined<'_>]) -> Vec<Vec<Fact>> {
+        let steered = self.steered();
+        let modes = self.state().held_modes();
+        let examine = |examined: &Examined<'_>| {
+            let Examined { pod, place, addresses, modes: wanted } = *examined;
+            let at: Vec<SocketAddr> = addresses.iter().map(|ip| SocketAddr::new(*ip, 0)).collect();
+            let mut facts = vec![
+                fact("namespace", namespace(pod, place)),
+                fact("connect_hooks", self.hooks(place)),
+                fact("capture_entry", self.capture_entry(pod)),
+                fact("fence", self.fence(pod)),
+                fact("address", self.addresses(pod, &at)),
+                fact("modes", all_modes(&modes, pod, wanted)),
+            ];
+            facts.push(fact("listeners", all_listeners(&steered, pod)));
+            facts
+        };
+        pods.iter().map(examine).collect()
+    }
+
+    fn steered(&self) -> Result<Steered, Error> {
+        let state = self.state();
+        let mut steered = Steered::new();
+        for key in state.control.listeners.keys() {
+            let ListenerKey { netns, kind, .. } = key.map_err(on(map::LISTENERS, "reading"))?;
+            *steered.entry((netns, kind)).or_default() += 1;
+        }
+        Ok(steered)
+    }
+
     /// The pinned hooks run for sockets of the pod's cgroup.
     fn hooks(&self, place: Place<'_>) -> Outcome {
         let cgroup = place.cgroup.unwrap_or_else(|| self.cgroup_root());
@@ -99,14 +144,8 @@ impl Capture {
 
     /// The agent listens in the pod, and the kernel half knows those sockets: it forgets them when they are closed.
     fn listeners(&self, pod: &LocalPod, kind: u16, port: u16) -> Outcome {
-        let cookie = pod.netns_cookie();
-        let steered = {
-            let state = self.state();
-            let known: Result<Vec<ListenerKey>, _> = state.control.listeners.keys().collect();
-            let known = known.map_err(on(map::LISTENERS, "reading"))?;
-            known.iter().filter(|key| key.netns == cookie && key.kind == kind).count()
-        };
-        let (listening, _) = pod.sockets()?;
+        let steered = self.steered()?.get(&(pod.netns_cookie(), kind)).copied().unwrap_or_default();
+        let listening = pod.listening_ports()?;
         let found = format!("port {port} in the pod: {steered} sockets in map {}", map::LISTENERS);
         Ok((listening.contains(&port) && steered > 0, found))
     }
@@ -180,6 +219,44 @@ fn chain(error: &dyn std::error::Error) -> String {
         Some(source) => format!("{error}: {}", chain(source)),
         None => error.to_string(),
     }
+}
+
+/// Every port has the mode that policy asks for, and no other port has one.
+fn all_modes(held: &Result<HashMap<u64, KernelModes>, Error>, pod: &LocalPod, wanted: &PortModes) -> Outcome {
+    let held = match held {
+        Ok(held) => held.get(&pod.netns_cookie()).cloned().unwrap_or_default(),
+        Err(error) => return Ok((false, chain(error))),
+    };
+    let found = format!(
+        "map {} says {} for the pod, and another mode for {} ports",
+        map::MODES,
+        mode_name(held.default),
+        held.ports.len()
+    );
+    Ok((held == KernelModes::from(wanted), found))
+}
+
+/// The agent listens for all that the kernel half steers to it.
+fn all_listeners(steered: &Result<Steered, Error>, pod: &LocalPod) -> Outcome {
+    let steered = match steered {
+        Ok(steered) => steered,
+        Err(error) => return Ok((false, chain(error))),
+    };
+    let listening = pod.listening_ports()?;
+    let kinds = [
+        (listener::OUTBOUND, OUTBOUND_PORT),
+        (listener::TUNNEL, TUNNEL_PORT),
+        (listener::PLAINTEXT, PLAINTEXT_PORT),
+    ];
+    let missing = kinds.into_iter().find(|(kind, port)| {
+        !listening.contains(port) || !steered.contains_key(&(pod.netns_cookie(), *kind))
+    });
+    Ok(match missing {
+        Some((_, port)) => {
+            (false, format!("nothing listens on port {port} in the pod, or map {} lacks it", map::LISTENERS))
+        }
+        None => (true, format!("{} kinds of listeners are open and in map {}", kinds.len(), map::LISTENERS)),
+    })
 }
 
 /// The path of the manifest still leads to the namespace that was enrolled.

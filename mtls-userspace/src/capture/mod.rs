@@ -33,7 +33,7 @@ use crate::policy::PortModes;
 pub use direct::{DirectFlow, DirectRecord, Ending, Endings, How};
 pub use error::Error;
 pub use events::{Event, EventKind, Events};
-pub use examine::{Fact, Place};
+pub use examine::{Examined, Fact, Place};
 pub use listen::loopback_leg;
 pub use mtls_common::{OUTBOUND_PORT, PLAINTEXT_PORT, TUNNEL_PORT};
 pub use node::Capture;
@@ -68,6 +68,8 @@ pub struct Enrolled {
     pub pod: Arc<LocalPod>,
     /// One for each worker.
     pub listeners: Vec<Listeners>,
+    /// The pod was fenced already, by an earlier agent or by this one.
+    pub was_fenced: bool,
 }
 
 /// Non-blocking listeners in the pod's namespace.

@@ -82,20 +82,21 @@ impl Pins {
         sys::pin(link.as_fd(), &path).map_err(|source| pin_error("pinning", &path, source))
     }
 
-    /// The same for the lookup of one pod.
-    pub fn lookup_link(&self, pod: &str, netns: &Netns, program: BorrowedFd<'_>) -> Result<(), Error> {
+    /// The same for the lookup of one pod. True if there was one.
+    pub fn lookup_link(&self, pod: &str, netns: &Netns, program: BorrowedFd<'_>) -> Result<bool, Error> {
         let error = |source| Error::Attach { pod: pod.into(), source };
         let path = self.lookup_path(netns.cookie());
         if let Some(link) = existing(&path)? {
             match sys::link_target(&link).map_err(error)? {
                 LinkTarget::Netns { inode } if u64::from(inode) == netns.inode().map_err(error)? => {
-                    return replace(&link, program, &path);
+                    return replace(&link, program, &path).map(|()| true);
                 }
                 _ => remove(&path)?,
             }
         }
         let link = sys::attach(program, netns, AttachType::SkLookup).map_err(error)?;
-        sys::pin(link.as_fd(), &path).map_err(error)
+        sys::pin(link.as_fd(), &path).map_err(error)?;
+        Ok(false)
     }
 
     /// Puts the program behind the lookup of every pod that an earlier agent enrolled.

@@ -151,6 +151,13 @@ impl LocalPod {
         Ok(reset)
     }
 
+    /// Ports that something in the pod listens on, the agent or the pod itself.
+    pub(super) fn listening_ports(&self) -> Result<HashSet<u16>, Error> {
+        let failed = |what| move |source| Error::Diag { pod: self.name.clone(), what, source };
+        let diag = self.netns.within(Diag::open).and_then(|diag| diag).map_err(failed("opening"))?;
+        diag.listening_ports().map_err(failed("listing listeners"))
+    }
+
     /// The pod's TCP sockets, as the kernel lists them: ports that are listened on, and connections.
     pub(super) fn sockets(&self) -> Result<(HashSet<u16>, Vec<Tcp>), Error> {
         let failed = |what| move |source| Error::Diag { pod: self.name.clone(), what, source };

@@ -10,6 +10,7 @@ pub mod bench;
 pub mod ca;
 mod ca_in_cluster;
 pub mod certs;
+pub mod cni;
 pub mod connections;
 pub mod lab;
 pub mod node;

@@ -76,6 +76,20 @@ fn write_agent(f: &mut fmt::Formatter<'_>, agent: &AgentRow, mesh: &MeshRow, nam
     let memory = agent.resident_bytes.map_or_else(|| "unknown".to_owned(), bytes);
     let cpu = agent.cpu_seconds.map_or_else(|| "unknown".to_owned(), |seconds| format!("{seconds:.1} s"));
     writeln!(f, "       memory {memory}, CPU time {cpu}")?;
+    if let Some(row) = &agent.predecessor {
+        let (pid, version) = (row.pid, printable(&row.version));
+        writeln!(
+            f,
+            "       took the place of pid {pid}, mtls {version}, which drains: {} open connections",
+            row.open
+        )?;
+    }
+    if agent.retired {
+        writeln!(
+            f,
+            "       ANOTHER AGENT HAS TAKEN ITS PLACE; it keeps its open connections until it is told to end"
+        )?;
+    }
     writeln!(f, "MESH   generation {}, {} workloads", mesh.generation, mesh.workloads)?;
     if let Some(trust_domain) = &names.trust_domain {
         writeln!(f, "       trust domain {}", printable(trust_domain))?;
@@ -95,7 +109,10 @@ fn write_pods(f: &mut fmt::Formatter<'_>, pods: &[PodRow], names: &Names) -> fmt
         Table::new(&["POD", "ADDRESSES", "IDENTITY", "MODE", "STATE"].map(|name| (name, Align::Left)));
     for pod in pods {
         let state = match &pod.enrolment {
-            Enrolment::Enrolled => "enrolled".to_owned(),
+            Enrolment::Enrolled => match pod.faults.as_deref() {
+                Some([]) | None => "enrolled".to_owned(),
+                Some(faults) => format!("enrolled, NOT PROTECTED: {}", faults.join("; ")),
+            },
             Enrolment::Pending => "pending".to_owned(),
             Enrolment::Failed { reason } => format!("FAILED: {reason}"),
         };

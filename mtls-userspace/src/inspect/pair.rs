@@ -9,6 +9,7 @@ use super::certificates;
 use super::verdict::{Seen, verdict};
 use crate::capture::{Fact, Place};
 use crate::explain;
+use crate::locate;
 use crate::mesh::{Mesh, Workload};
 use crate::observe::{CheckRow, End, Enrolment, Pair, Unverifiable, Verification};
 use crate::worker::Pod;
@@ -88,7 +89,10 @@ impl Ends<'_> {
             return Vec::new();
         }
         let mut checks = match enrolled(inspection, self.source) {
-            Ok(pod) => inspection.capture.examine_source(&pod.socket, place(self.source), &self.addresses()),
+            Ok(pod) => {
+                let place = pod.place.load();
+                inspection.capture.examine_source(&pod.socket, place_of(&place), &self.addresses())
+            }
             Err(failed) => vec![failed],
         };
         checks.push(certificate(inspection, self.source));
@@ -103,8 +107,8 @@ impl Ends<'_> {
         let mut checks = match enrolled(inspection, self.destination) {
             Ok(pod) => {
                 let sources = &self.source.addresses;
-                let place = place(self.destination);
-                inspection.capture.examine_destination(&pod.socket, place, &self.addresses(), &modes, sources)
+                let (place, at) = (pod.place.load(), self.addresses());
+                inspection.capture.examine_destination(&pod.socket, place_of(&place), &at, &modes, sources)
             }
             Err(failed) => vec![failed],
         };
@@ -120,8 +124,8 @@ impl Ends<'_> {
     }
 }
 
-fn place(workload: &Workload) -> Place<'_> {
-    Place { netns: workload.netns.as_deref(), cgroup: workload.cgroup.as_deref() }
+fn place_of(place: &locate::Place) -> Place<'_> {
+    Place { netns: Some(&place.netns), cgroup: place.cgroup.as_deref() }
 }
 
 /// The pod as connections see it, or the fact that it is not there.

@@ -17,7 +17,7 @@ use super::Inner;
 use super::bounded::{Bounded, Labels};
 use super::exposition::{Exposition, LabelPairs};
 use super::flow::{Direction, Path};
-use super::status::{Enrolment, IdentityRow, IssuerRole};
+use super::status::{Enrolment, IdentityRow, IssuerRole, PodRow};
 use super::traffic::OVERFLOW;
 
 /// What happened to a plaintext connection to an enrolled destination.
@@ -209,6 +209,11 @@ impl Collector for Inner {
             })
         });
         out.gauges("mtls_connections_open", "Connections open now, by the way their bytes take", open)?;
+        out.gauge(
+            "mtls_predecessor_connections_open",
+            "Connections still open on the agent whose place this one took",
+            self.providers.predecessor().map_or(0, |row| row.open),
+        )?;
         self.encode_refusals(&mut out)?;
         self.encode_overflow(&mut out)?;
         out.counter(
@@ -295,16 +300,27 @@ impl Inner {
 
     fn encode_pods(&self, out: &mut Exposition<'_>) -> fmt::Result {
         // By key, because a label set may appear only once.
-        let pods: BTreeMap<_, _> = self
-            .providers
-            .pods()
-            .into_iter()
-            .map(|pod| ((pod.namespace, pod.name), u64::from(pod.enrolment == Enrolment::Enrolled)))
-            .collect();
-        let pods = pods
-            .into_iter()
-            .map(|((namespace, name), enrolled)| (vec![("namespace", namespace), ("pod", name)], enrolled));
-        out.gauges("mtls_pod_enrolled", "1 when the pod's connections are captured and protected", pods)
+        let pods = self.providers.pods().into_iter();
+        let pods: BTreeMap<_, _> = pods.map(|pod| ((pod.namespace.clone(), pod.name.clone()), pod)).collect();
+        let labels = |pod: &PodRow| vec![("namespace", pod.namespace.clone()), ("pod", pod.name.clone())];
+        let enrolled =
+            pods.values().map(|pod| (labels(pod), u64::from(pod.enrolment == Enrolment::Enrolled)));
+        out.gauges("mtls_pod_enrolled", "1 when the pod's connections are captured and protected", enrolled)?;
+        let is_verified = |pod: &PodRow| {
+            pod.enrolment == Enrolment::Enrolled && pod.faults.as_ref().is_some_and(Vec::is_empty)
+        };
+        let verified = pods.values().map(|pod| (labels(pod), u64::from(is_verified(pod))));
+        out.gauges(
+            "mtls_pod_verified",
+            "1 when everything that protects the pod was found in force in the kernel",
+            verified,
+        )?;
+        let unfenced = pods.values().map(|pod| (labels(pod), pod.unfenced_seconds.unwrap_or_default()));
+        out.gauges(
+            "mtls_pod_unfenced_seconds",
+            "How long the pod ran before it was fenced; 0 when it never did",
+            unfenced,
+        )
     }
 }
 

@@ -16,6 +16,7 @@ use prometheus_client::registry::Registry;
 
 use crate::mesh::Workload;
 use crate::plaintext;
+use crate::succession::PredecessorRow;
 use crate::tunnel::HandshakeFailure;
 
 mod access_log;
@@ -61,6 +62,7 @@ pub use inspection::{
 };
 pub use metrics::Plaintext;
 pub use readiness::{Condition, Readiness};
+pub use socket::{SocketFile, bind as bind_socket};
 pub use status::{
     AgentRow, ConnectionRow, ConnectionRows, Enrolment, IdentityRow, IssuerRole, IssuerRow, MeshRow,
     OpenCount, PartyRow, PodRow, RevocationRow, Status,
@@ -240,6 +242,15 @@ impl Observer {
         self.inner.providers.set_pods(ask);
     }
 
+    /// Where to ask for the agent whose place this one took, and whether another has this one's.
+    pub fn set_succession(
+        &self,
+        predecessor: Arc<dyn Fn() -> Option<PredecessorRow> + Send + Sync>,
+        retired: Arc<dyn Fn() -> bool + Send + Sync>,
+    ) {
+        self.inner.providers.set_succession(predecessor, retired);
+    }
+
     /// Where the configuration in force is asked for at scrape time.
     pub fn set_mesh(&self, ask: Arc<dyn Fn() -> MeshRow + Send + Sync>) {
         self.inner.providers.set_mesh(ask);
@@ -312,6 +323,8 @@ impl Observer {
             missing: missing.into_iter().map(|(name, why)| (name.to_owned(), why.to_string())).collect(),
             resident_bytes: process::resident_bytes(),
             cpu_seconds: process::cpu_seconds(),
+            predecessor: self.inner.providers.predecessor(),
+            retired: self.inner.providers.is_retired(),
         };
         Status {
             agent,

@@ -7,6 +7,7 @@ use super::inspection::Inspector;
 use super::readiness::Judged;
 use super::status::{IdentityRow, MeshRow, PodRow};
 use crate::plaintext;
+use crate::succession::PredecessorRow;
 
 type Ask<T> = Arc<dyn Fn() -> T + Send + Sync>;
 
@@ -42,6 +43,8 @@ pub(super) struct Providers {
     plaintext_counts: Source<plaintext::Counts>,
     refresh: Source<()>,
     inspector: RwLock<Option<Arc<dyn Inspector>>>,
+    predecessor: Source<Option<PredecessorRow>>,
+    retired: Source<bool>,
 }
 
 impl Providers {
@@ -85,6 +88,19 @@ impl Providers {
     pub fn set_plaintext(&self, facts: Ask<plaintext::Facts>, counts: Ask<plaintext::Counts>) {
         self.plaintext.set(facts);
         self.plaintext_counts.set(counts);
+    }
+
+    pub fn set_succession(&self, predecessor: Ask<Option<PredecessorRow>>, retired: Ask<bool>) {
+        self.predecessor.set(predecessor);
+        self.retired.set(retired);
+    }
+
+    pub fn predecessor(&self) -> Option<PredecessorRow> {
+        self.predecessor.ask().flatten()
+    }
+
+    pub fn is_retired(&self) -> bool {
+        self.retired.ask().unwrap_or_default()
     }
 
     pub fn plaintext(&self) -> Option<plaintext::Facts> {

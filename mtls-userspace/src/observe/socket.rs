@@ -15,12 +15,17 @@ use super::Error;
 
 /// A socket file that is removed when dropped, unless another took its place.
 #[derive(Debug)]
-pub(super) struct SocketFile {
+pub struct SocketFile {
     path: PathBuf,
     inode: (u64, u64),
 }
 
-pub(super) fn bind(path: &Path) -> Result<(UnixListener, SocketFile), Error> {
+/// Listens on a socket of that path, for the agent's own user only.
+///
+/// # Errors
+///
+/// A socket on which somebody answers, a file that is no socket, or what the system says.
+pub fn bind(path: &Path) -> Result<(UnixListener, SocketFile), Error> {
     make_way(path)?;
     let failed = |source| Error::Socket { path: path.to_owned(), source };
     let listener = listen(path).map_err(failed)?;

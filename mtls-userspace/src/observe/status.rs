@@ -12,6 +12,7 @@ use super::connections::Open;
 use super::flow::{Flow, Party};
 use super::inspection::Judged;
 use crate::identity::{Identity, IdentityStatus, RevocationList};
+use crate::succession::PredecessorRow;
 
 /// One agent, at one moment.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -35,6 +36,12 @@ pub struct AgentRow {
     pub missing: BTreeMap<String, String>,
     pub resident_bytes: Option<u64>,
     pub cpu_seconds: Option<f64>,
+    /// The agent whose place this one took, while it drains.
+    #[serde(default)]
+    pub predecessor: Option<PredecessorRow>,
+    /// Another agent has this one's place.
+    #[serde(default)]
+    pub retired: bool,
 }
 
 /// The mesh snapshot in force.
@@ -59,6 +66,12 @@ pub struct PodRow {
     pub enrolment: Enrolment,
     /// The effective PeerAuthentication modes, for people: `STRICT`, or `STRICT, 8080 PERMISSIVE`.
     pub mode: Option<String>,
+    /// What does not hold of all that protects the pod, as the kernel was last found; absent before it was looked at.
+    #[serde(default)]
+    pub faults: Option<Vec<String>>,
+    /// How long the pod ran before it was fenced; absent if it never did.
+    #[serde(default)]
+    pub unfenced_seconds: Option<f64>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

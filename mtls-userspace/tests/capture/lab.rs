@@ -361,7 +361,7 @@ impl Agent {
             .iter()
             .flat_map(|(pod, local)| [(pod.v4, (*local).clone()), (pod.v6, (*local).clone())])
             .collect();
-        let Enrolled { pod, listeners } = client;
+        let Enrolled { pod, listeners, .. } = client;
         let threads = listeners
             .into_iter()
             .map(|listeners| {

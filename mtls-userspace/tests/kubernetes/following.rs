@@ -56,6 +56,35 @@ async fn labels_enrol_and_release_pods_that_run() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_pod_is_known_once_it_has_a_node_and_its_namespace_is_known() {
+    let world = World::new();
+    world.api.apply(&namespace("shop", true)).unwrap();
+    let source = world.follow().await;
+    let starting = |name: &str| {
+        let mesh = source.current();
+        let mut starting = mesh.starting("node-a").filter(|workload| *workload.name == *name);
+        starting.next().map(|workload| (workload.enrolled, workload.uid.is_some()))
+    };
+    let without_address = |name: &str, namespace: &str| {
+        let mut pod = with(pod(name, "10.0.0.1"), "/metadata/namespace", json!(namespace));
+        pod["spec"]["nodeName"] = json!("node-a");
+        pod["status"] = json!({ "phase": "Pending" });
+        pod
+    };
+    world.api.apply(&without_address("bound", "shop")).unwrap();
+    soon("the bound pod", || starting("bound") == Some((true, true))).await;
+    assert!(source.current().identities_on("node-a").any(|id| id.namespace().as_ref() == "shop"));
+    assert!(source.current().workloads.is_empty(), "{:?}", names(&source.current()));
+    // Its namespace may be one that enrols: nobody can say yet.
+    world.api.apply(&without_address("early", "later")).unwrap();
+    world.api.apply(&without_address("after", "shop")).unwrap();
+    soon("the pod after the early one", || starting("after").is_some()).await;
+    assert_eq!(starting("early"), None);
+    world.api.apply(&namespace("later", false)).unwrap();
+    soon("the early pod", || starting("early") == Some((false, true))).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_forgotten_history_is_made_good_by_another_list() {
     for by_status in [false, true] {
         let world = World::new();

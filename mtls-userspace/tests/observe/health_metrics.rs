@@ -116,6 +116,8 @@ pub fn pod_row(name: &str, enrolment: Enrolment) -> PodRow {
         addresses: vec!["10.0.1.2".to_owned()],
         enrolment,
         mode: Some("STRICT".to_owned()),
+        faults: Some(Vec::new()),
+        unfenced_seconds: None,
     }
 }
 

@@ -200,6 +200,7 @@ impl State {
                 self.namespaces.seen(&key, uid);
                 if self.namespaces.put(key.clone(), uid, enrolling) != Some(enrolling) {
                     self.enrolment_changed(&key.name);
+                    self.fresh.pods = true;
                 }
                 Ok(())
             }
@@ -310,9 +311,7 @@ impl State {
     }
 
     fn enrolling(&self, namespace: &Arc<str>) -> bool {
-        // Namespaces have none.
-        let key = Key { namespace: "".into(), name: namespace.clone() };
-        self.namespaces.get(&key).copied().unwrap_or(false)
+        self.namespaces.get(&in_no_namespace(namespace)).copied().unwrap_or(false)
     }
 
     fn enrolment_changed(&mut self, namespace: &Arc<str>) {
@@ -385,9 +384,14 @@ impl State {
         if fresh.pods {
             self.last.claims.clear();
             let (workloads, by_address) = self.workloads();
-            let starting = self.pods.values().filter(|single| single.workload.addresses.is_empty());
-            self.last.starting = Arc::new(starting.map(|single| single.workload.clone()).collect());
+            let starting = self.pods.iter().filter(|(key, single)| {
+                // Whether it is enrolled is not known before its namespace is; nothing may be decided about it.
+                let namespace = self.namespaces.get(&in_no_namespace(&key.namespace));
+                single.workload.addresses.is_empty() && namespace.is_some()
+            });
+            let starting = starting.map(|(_, single)| single.workload.clone()).collect();
             self.last.workloads = Arc::new(workloads);
+            self.last.starting = Arc::new(starting);
             self.last.by_address = Arc::new(by_address);
             self.last.outlived.get_or_insert_with(Instant::now);
         }
@@ -426,7 +430,7 @@ impl State {
         self.last.outlived.filter(|_| is_any).map(|since| since + POLICIES_LOOKED_OVER)
     }
 
-    /// Gives each address to one pod.
+    /// Gives each address to one pod. Pods that have none yet are among them, pods that have lost it are not.
     fn workloads(&mut self) -> (Vec<Arc<Workload>>, HashMap<IpAddr, Arc<Workload>>) {
         let mut owners: HashMap<IpAddr, &Single> = HashMap::with_capacity(self.last.by_address.len() + 16);
         let mut lost: HashMap<&Key, Vec<IpAddr>> = HashMap::new();
@@ -536,6 +540,11 @@ fn keep_policy<P>(
             Err(error)
         }
     }
+}
+
+/// The key of a namespace, which is in none itself.
+fn in_no_namespace(name: &Arc<str>) -> Key {
+    Key { namespace: "".into(), name: name.clone() }
 }
 
 fn created(metadata: &ObjectMeta) -> Option<Timestamp> {
