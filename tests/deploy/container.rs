@@ -58,6 +58,11 @@ impl Container {
         Ok(self)
     }
 
+    /// Where the node has what is mounted by this name.
+    pub fn on_node(&self, mount: &str) -> PathBuf {
+        self.scratch.0.join(mount)
+    }
+
     /// With another value for a flag.
     pub fn with_argument(mut self, flag: &str, value: &str) -> Result<Self> {
         let args = self.config["process"]["args"].as_array_mut().context("no arguments")?;
@@ -116,6 +121,9 @@ impl Drop for Container {
         }
     }
 }
+
+/// A network configuration as a node has it.
+const NETWORK: &str = r#"{"cniVersion": "0.4.0", "name": "lab", "plugins": [{"type": "ptp"}]}"#;
 
 /// Below the root of whatever hierarchies there are: beside the lab's own agents.
 fn cgroup(lab: &Lab, node: &str, id: &str) -> String {
@@ -195,6 +203,7 @@ fn mounts(
     std::fs::write(on_node["config"].join("node.config"), text_of(settings, "/data/node.config")?)?;
     std::fs::copy(lab.dir().join(format!("{node}.token")), on_node["ca-token"].join("token"))?;
     std::fs::copy(lab.dir().join("root-cert.pem"), on_node["ca-root"].join("root-cert.pem"))?;
+    std::fs::write(on_node["cni-conf"].join("10-lab.conflist"), NETWORK)?;
     on_node.insert("bpffs", lab.dir().join("bpf"));
     on_node.insert("cgroup", lab.node(node)?.cgroup().into());
     let mut mounts = vec![

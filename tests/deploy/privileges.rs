@@ -37,6 +37,14 @@ fn with_exactly_its_privileges_an_agent_does_all_of_its_work() -> Result<()> {
     }
     assert_eq!((line("NoNewPrivs:")?, line("Seccomp:")?), ("1", "2"));
 
+    let chained = eventually(Duration::from_secs(5), || {
+        let network =
+            std::fs::read_to_string(containers[0].on_node("cni-conf").join("10-lab.conflist")).ok()?;
+        network.contains("mtls-cni").then_some(())
+    });
+    assert!(chained.is_some(), "its plugin is not in the node's network configuration");
+    assert!(containers[0].on_node("cni-bin").join("mtls-cni").is_file());
+
     let _echo = server.serve(&["echo", "--listen", "[::]:7000"])?;
     let to = server.addr(7000).to_string();
     // A plaintext connection that is open when STRICT comes is reset.
@@ -100,6 +108,8 @@ fn without_one_of_them_it_names_what_is_missing() -> Result<()> {
         ("/sys/fs/bpf", "/sys/fs/bpf/node-a is not in a mounted BPF file system"),
         (&cgroup, "is not a cgroup2 directory"),
         ("/run/mtls", "/run/mtls"),
+        ("/host/cni/bin", "/host/cni/bin"),
+        ("/host/cni/conf", "/host/cni/conf"),
         ("/var/run/secrets/mtls/token", "/var/run/secrets/mtls/token/token"),
         ("/var/run/secrets/mtls/root", "/var/run/secrets/mtls/root/root-cert.pem"),
     ] {

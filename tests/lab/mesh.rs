@@ -206,7 +206,7 @@ impl Agent {
     pub fn launch_by(&mut self, command: Command) -> Result<()> {
         ensure!(self.process.is_none(), "the agent of {} runs already", self.node.name());
         let process = Running::start_logged(command, &self.access_log_file(), &self.log_file())?;
-        self.process = Some(process.stopped_by(Signal::SIGTERM));
+        self.process = Some(process.stopped_by(nix::sys::signal::Signal::SIGTERM));
         Ok(())
     }
 
