@@ -24,6 +24,7 @@
 //! | [`plaintext`] | plaintext that was seen → readiness for STRICT |
 //! | [`succession`] | another agent → its place, without a connection refused |
 //! | [`observe`] | counters, access log, admin API |
+//! | [`node_check`] | a node before installing → what is missing, in the way, or to be set |
 //!
 //! [`kubernetes`] is the way to the API server, for the rooms that need one; [`inspect`] answers the admin socket's questions from what the rooms hold and the kernel has;
 //! [`explain`] says what the walk would do to a connection without making one.
@@ -50,6 +51,7 @@ pub mod kubernetes;
 pub mod locate;
 pub mod mesh;
 pub mod node;
+pub mod node_check;
 pub mod observe;
 pub mod outcome;
 pub mod plaintext;
