@@ -38,7 +38,7 @@ impl Acceptor {
         let shaking = async {
             // A peer that says nothing takes nobody's turn.
             tcp.readable().await?;
-            self.gate.pass(|| handshake::server(&tcp, identity, &configs, config.rekey_after)).await
+            self.gate.pass(|| handshake::server(&tcp, identity, &configs, config)).await
         };
         let established = timeout(config.handshake_timeout, shaking)
             .await
@@ -91,12 +91,17 @@ impl ServerTunnel {
         let idle = self.config.idle_server;
         let (tcp, codec) = self.stream.split();
         loop {
+            if codec.order.closed() {
+                return Ok(None);
+            }
             if !codec.order.settle() && !codec.order.outbound_ended() {
                 return Err(Error::Busy);
             }
             match codec.pull()? {
                 Pulled::Open(open) => return Ok(Some(open)),
                 Pulled::Closed => return Ok(None),
+                // A client that was refused meanwhile: what follows is no longer told apart from a next stream.
+                Pulled::Raw => return Ok(None),
                 Pulled::Fin => continue,
                 Pulled::Data | Pulled::Reject(_) => {}
             }

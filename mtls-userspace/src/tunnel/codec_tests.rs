@@ -42,9 +42,10 @@ async fn ends() -> (Codec, Codec) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (far, _) = listener.accept().await.unwrap();
+    let config = Config::default();
     let (client, server) = tokio::join!(
-        handshake::client(&near, &client, &for_client, 1 << 20),
-        handshake::server(&far, &server, &for_server, 1 << 20),
+        handshake::client(&near, &client, &for_client, &config),
+        handshake::server(&far, &server, &for_server, &config),
     );
     let (mut client, mut server) = (client.unwrap().codec, server.unwrap().codec);
     // The server's real ticket.

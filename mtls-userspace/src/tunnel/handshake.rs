@@ -18,9 +18,9 @@ use super::codec::{Codec, Incoming};
 use super::record::{HEADER, MAX_RECORD, RecordError};
 use super::schedule::{Heard, Schedule};
 use super::socket;
-use super::tls::{ALPN, Configs};
+use super::tls::{ALPN, ALPN_RAW, Configs};
 use super::verify::{HandshakeFailure, Peer};
-use super::{Error, Violation};
+use super::{Config, Error, Violation};
 
 /// What a finished handshake leaves.
 pub(crate) struct Established {
@@ -33,7 +33,7 @@ pub(crate) async fn client(
     tcp: &TcpStream,
     identity: &Arc<Identity>,
     configs: &Configs,
-    rekey_after: u64,
+    config: &Config,
 ) -> Result<Established, Error> {
     // An address is never sent as SNI; it only keeps the sessions of different servers apart.
     let name = ServerName::IpAddress(tcp.peer_addr()?.ip().into());
@@ -41,8 +41,9 @@ pub(crate) async fn client(
         Box::new(UnbufferedClientConnection::new(configs.client.clone(), name).map_err(Error::tls)?);
     let (incoming, heard) = drive(tcp, &mut *connection).await?;
     let proven = outcome(&connection, identity);
+    let raw = connection.alpn_protocol() == Some(ALPN_RAW);
     let (secrets, kernel) = connection.dangerous_into_kernel_connection().map_err(Error::tls)?;
-    let codec = Codec::new(secrets, Schedule::client(heard, kernel)?, incoming, rekey_after)?;
+    let codec = Codec::new(secrets, Schedule::client(heard, kernel)?, incoming, raw, config)?;
     established(tcp, codec, proven)
 }
 
@@ -50,15 +51,16 @@ pub(crate) async fn server(
     tcp: &TcpStream,
     identity: &Arc<Identity>,
     configs: &Configs,
-    rekey_after: u64,
+    config: &Config,
 ) -> Result<Established, Error> {
     let mut connection =
         Box::new(UnbufferedServerConnection::new(configs.server.clone()).map_err(Error::tls)?);
     let (incoming, heard) = drive(tcp, &mut *connection).await?;
     let proven = outcome(&connection, identity);
+    let raw = connection.alpn_protocol() == Some(ALPN_RAW);
     let suite = connection.negotiated_cipher_suite().ok_or(RecordError::UnusableKey)?;
     let (secrets, _) = connection.dangerous_into_kernel_connection().map_err(Error::tls)?;
-    let codec = Codec::new(secrets, Schedule::server(heard, suite)?, incoming, rekey_after)?;
+    let codec = Codec::new(secrets, Schedule::server(heard, suite)?, incoming, raw, config)?;
     established(tcp, codec, proven)
 }
 
@@ -84,7 +86,7 @@ pub(crate) fn refuse(tcp: &TcpStream, mut codec: Codec, error: Error) -> Error {
 
 /// Everything to be known about a peer before its connection may carry a stream.
 fn outcome(connection: &CommonState, identity: &Arc<Identity>) -> Result<(Peer, bool), Error> {
-    if connection.alpn_protocol() != Some(ALPN) {
+    if !connection.alpn_protocol().is_some_and(|protocol| [ALPN, ALPN_RAW].contains(&protocol)) {
         let source = rustls::Error::NoApplicationProtocol;
         return Err(Error::Handshake { failure: HandshakeFailure::Protocol, source });
     }

@@ -20,6 +20,8 @@ use super::schedule::Ear;
 use super::verify::Verifier;
 
 pub(crate) const ALPN: &[u8] = b"mtls/1";
+/// As `mtls/1`, and a stream may become raw.
+pub(crate) const ALPN_RAW: &[u8] = b"mtls/1.1";
 /// Destinations whose sessions one identity remembers.
 const SESSIONS: usize = 1024;
 
@@ -54,7 +56,7 @@ impl Configs {
             .with_custom_certificate_verifier(verifier.clone())
             .with_client_auth_cert(identity.svid.chain.clone(), key())
             .map_err(unusable)?;
-        client.alpn_protocols = vec![ALPN.to_vec()];
+        client.alpn_protocols = vec![ALPN_RAW.to_vec(), ALPN.to_vec()];
         client.enable_sni = false;
         client.enable_secret_extraction = true;
         client.key_log = Arc::new(Ear);
@@ -66,7 +68,7 @@ impl Configs {
             .with_client_cert_verifier(verifier)
             .with_single_cert(identity.svid.chain.clone(), key())
             .map_err(unusable)?;
-        server.alpn_protocols = vec![ALPN.to_vec()];
+        server.alpn_protocols = vec![ALPN_RAW.to_vec(), ALPN.to_vec()];
         server.enable_secret_extraction = true;
         server.key_log = Arc::new(Ear);
         server.ticketer = aws_lc_rs::Ticketer::new().map_err(unusable)?;
