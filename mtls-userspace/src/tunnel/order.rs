@@ -111,6 +111,11 @@ impl Order {
         raw
     }
 
+    /// Whether the peer's direction was raw and has ended: its connection may end too, while ours goes on.
+    pub fn inbound_closed(&self) -> bool {
+        self.inbound == Direction::Closed
+    }
+
     /// Whether both directions have ended and the tunnel with them, because one was raw.
     pub fn closed(&self) -> bool {
         let raw = [self.inbound, self.outbound].contains(&Direction::Closed);

@@ -24,6 +24,8 @@ pub(super) struct Down {
     pub fin: bool,
     /// The application can't be written to any more.
     dead: bool,
+    /// The tunnel's connection has ended after the raw direction had: there is nothing to read but a reset to notice.
+    pub over: bool,
     pub turn: usize,
     /// Handing this direction to the kernel was tried.
     tried: bool,
@@ -40,7 +42,7 @@ impl Down {
 
 impl Relay<'_> {
     pub(super) fn poll_down(&mut self, cx: &mut Context<'_>) -> Step {
-        if self.down.dead {
+        if self.down.dead || self.down.over {
             return Poll::Pending;
         }
         loop {
@@ -101,6 +103,10 @@ impl Relay<'_> {
             let incoming = &mut self.codec.incoming;
             let size = if self.down.large { Size::Large } else { Size::Small };
             match incoming.receive(self.tunnel, size, limit) {
+                Ok(0) if self.codec.order.inbound_closed() => {
+                    self.down.over = true;
+                    return Poll::Pending;
+                }
                 Ok(0) => return Poll::Ready(Err(self.tunnel_end(End::Truncated))),
                 Ok(n) => {
                     self.down.large = incoming.is_full() || n > SLOTS / 2 * SLOT;
@@ -203,6 +209,10 @@ impl Relay<'_> {
                 }
                 // First what came before it; it is met again.
                 _ if pipe.held() > 0 => break,
+                Ok(_) if self.codec.order.inbound_closed() => {
+                    self.down.over = true;
+                    return Poll::Pending;
+                }
                 Ok(_) => return Poll::Ready(Err(self.tunnel_end(End::Truncated))),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     ready!(self.tunnel.poll_read_ready(cx)).map_err(End::Io)?;

@@ -114,7 +114,7 @@ impl Relay<'_> {
     /// Whether both sockets are being read, so that a reset is met there.
     fn reads_both(&self) -> bool {
         let up = !self.up.holds() && !self.codec.order.outbound_ended();
-        up && !self.down.holds() && !self.codec.incoming.has_plaintext()
+        up && !self.down.holds() && !self.down.over && !self.codec.incoming.has_plaintext()
     }
 
     fn poll_both(&mut self, cx: &mut Context<'_>) -> Step {
