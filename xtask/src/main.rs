@@ -8,6 +8,7 @@ mod promtool;
 mod setup;
 mod test;
 mod toolchain;
+mod vm;
 
 use std::process::Command;
 
@@ -34,6 +35,8 @@ enum Task {
     Bench(bench::Bench),
     /// Lint everything, then run every test.
     Test(test::Test),
+    /// Boot real kernels and run the kernel-facing tests inside.
+    Vm(vm::Vm),
     /// Formatting and clippy, for the host and for the kernel half.
     Lint,
 }
@@ -45,6 +48,7 @@ fn main() -> Result<()> {
         Task::Demo => demo::run(),
         Task::Bench(bench) => bench.run(),
         Task::Test(test) => test.run(),
+        Task::Vm(vm) => vm.run(),
         Task::Lint => lint::run(),
     }
 }
