@@ -116,7 +116,7 @@ async fn a_connection_that_ends_within_a_record_is_a_reset_to_the_application() 
 /// The switch falls anywhere within the bytes of a record, and all of it arrives.
 #[tokio::test]
 async fn a_record_in_pieces_around_the_switch_is_put_together() {
-    for cut in [1, 4, 5, 6, 700, 1020] {
+    for cut in [1, 4, 5, 6, 700, 1021, 1022] {
         for (mut agents, client, in_kernel) in servers().await {
             let mut peer = ByHand::client(agents.inbound, &client, SPEAKS_RAW).await;
             let mut sent = peer.record(ContentType::ApplicationData, &open_frame(agents.destination()));

@@ -76,7 +76,9 @@ impl Relay<'_> {
                     return Poll::Pending;
                 }
                 Pulled::Closed => return Poll::Ready(Err(self.tunnel_end(End::Truncated))),
-                Pulled::Data | Pulled::Open(_) | Pulled::Raw => {}
+                // Records of the raw direction may stand behind it already.
+                Pulled::Raw => continue,
+                Pulled::Data | Pulled::Open(_) => {}
             }
             if self.up.kernel.is_some() && self.codec.key_update_owed() {
                 return Poll::Ready(Err(End::Tunnel(Error::KeyInKernel)));
