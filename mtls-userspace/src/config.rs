@@ -78,6 +78,25 @@ pub struct Options {
     /// Congestion control of the pods' loopback legs; `host` leaves it alone [default: cubic, else reno]
     #[arg(long, value_name = "NAME")]
     loopback_congestion: Option<String>,
+    /// Whether the kernel carries the TLS records of long streams; `on` fails at start where it can't [default: auto]
+    #[arg(long)]
+    kernel_tls: Option<KernelTls>,
+    /// Bytes after which a stream counts as long [default: 67108864]
+    #[arg(long, value_name = "BYTES")]
+    kernel_tls_after: Option<u64>,
+}
+
+/// Who carries the records of long streams.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KernelTls {
+    /// The kernel, where it has TLS and is no slower at it than this process
+    #[default]
+    Auto,
+    /// This process
+    Off,
+    /// The kernel
+    On,
 }
 
 /// Same-node connections: the same checks either way.
@@ -115,6 +134,9 @@ pub struct Config {
     /// Congestion control on the legs that never leave a pod, where a paced one (BBR) costs a third of the throughput.
     /// Absent: cubic, else reno. Empty: the host's choice.
     pub loopback_congestion: Option<String>,
+    pub kernel_tls: KernelTls,
+    /// Bytes.
+    pub kernel_tls_after: u64,
 }
 
 /// Everything wrong with a configuration, together.
@@ -204,6 +226,8 @@ impl Options {
             loopback_congestion: options
                 .loopback_congestion
                 .map(|name| if name == "host" { String::new() } else { name }),
+            kernel_tls: options.kernel_tls.unwrap_or_default(),
+            kernel_tls_after: options.kernel_tls_after.unwrap_or(64 << 20),
         })
     }
 
@@ -235,6 +259,8 @@ impl Options {
             access_log: self.access_log.or(file.access_log),
             drain: self.drain.or(file.drain),
             loopback_congestion: self.loopback_congestion.or(file.loopback_congestion),
+            kernel_tls: self.kernel_tls.or(file.kernel_tls),
+            kernel_tls_after: self.kernel_tls_after.or(file.kernel_tls_after),
         }
     }
 }
@@ -284,6 +310,7 @@ mod tests {
         let config = complete().validate().unwrap();
         assert_eq!(config.same_node, SameNode::Relay);
         assert_eq!(config.certificate_lifetime, Duration::from_secs(86_400));
+        assert_eq!((config.kernel_tls, config.kernel_tls_after), (KernelTls::Auto, 64 << 20));
         assert_eq!(config.admin.to_string(), "127.0.0.1:15020");
     }
 

@@ -12,7 +12,7 @@ use arc_swap::ArcSwap;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::capture::{self, Capture};
-use crate::config::Config;
+use crate::config::{Config, KernelTls};
 use crate::drain::Drain;
 use crate::enrolment::Enrolment;
 use crate::explain;
@@ -69,7 +69,12 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         inbox.clone(),
     );
     let watch = Arc::new(watch.context("kernel half")?);
-    let tunnel = Arc::new(tunnel::Config::default());
+    let kernel = kernel_carries_records(config.kernel_tls).context("--kernel-tls on")?;
+    let tunnel = Arc::new(tunnel::Config {
+        kernel,
+        raw_after: kernel.then_some(config.kernel_tls_after),
+        ..tunnel::Config::default()
+    });
     let workers = (0..config.workers)
         .map(|index| {
             let worker = Worker {
@@ -142,6 +147,31 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let _ = tokio::time::timeout(Duration::from_secs(2), admin).await;
     observer.flush_access_log(Duration::from_secs(1));
     Ok(())
+}
+
+/// Whether long streams' records go to the kernel; says so once, with the reason.
+fn kernel_carries_records(wish: KernelTls) -> Result<bool, tunnel::NoKernelRecords> {
+    let judge = || {
+        let kernel = tunnel::KernelRecords::probe()?;
+        let costs = kernel.cost()?;
+        Ok((kernel, costs))
+    };
+    let (carries, why) = match (wish, judge()) {
+        (KernelTls::Off, _) => (false, "switched off".to_owned()),
+        (KernelTls::On, Err(error)) => return Err(error),
+        (KernelTls::Auto, Err(error)) => (false, error.to_string()),
+        (wish, Ok((records, (kernel, userspace)))) => {
+            let why = format!(
+                "a gigabyte costs {:.2} CPU seconds in the kernel, {:.2} in userspace; suites: {:?}",
+                kernel.as_secs_f64(),
+                userspace.as_secs_f64(),
+                records.suites
+            );
+            (wish == KernelTls::On || kernel <= userspace, why)
+        }
+    };
+    tracing::info!(carrier = if carries { "kernel" } else { "userspace" }, %why, "records of long streams");
+    Ok(carries)
 }
 
 /// Follows the mesh and the certificates; the only place where enrolment changes.

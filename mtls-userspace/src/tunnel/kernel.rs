@@ -1,25 +1,23 @@
 //! The kernel's record layer (kTLS): a direction's key and record counter in, and from then on the socket takes and
 //! gives plaintext while records travel.
 //!
-//! Set per direction and for good: a socket never comes back from it. Says what this kernel can do by doing it
-//! ([`KernelTls::probe`]). Never used on a socket that is in a sockmap: the two are not safe together, and the data path
+//! Set per direction and for good: a socket never comes back from it. [`KernelRecords::probe`] says what this kernel
+//! can do, by doing it. Never used on a socket that is in a sockmap: the two are not safe together, and the data path
 //! has no sockmap.
 
 use std::io;
-use std::net::{TcpListener, TcpStream as Blocking};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::time::Duration;
 
 use aws_lc_rs::aead::{AES_128_GCM, AES_256_GCM};
-use rustls::crypto::cipher::{AeadKey, Iv};
-use rustls::{CipherSuite, ConnectionTrafficSecrets};
-use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 use zeroize::Zeroizing;
 
 use super::key::Key;
-use super::record::RecordError;
+
+mod probe;
+
+pub use probe::{KernelRecords, NoKernelRecords};
 
 /// The largest `struct tls12_crypto_info_*` that is used: version, cipher, IV, key, salt, record counter.
 const INFO: usize = 2 + 2 + 8 + 32 + 4 + 8;
@@ -169,77 +167,4 @@ fn receive_record(socket: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<(u8, us
     let kind =
         kind.ok_or_else(|| io::Error::new(io::ErrorKind::UnexpectedEof, "no record from the kernel"))?;
     Ok((kind, received))
-}
-
-/// What this kernel's record layer can do, found by doing it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct KernelTls {
-    /// Suites whose records it carries.
-    pub suites: Vec<CipherSuite>,
-}
-
-/// Why this kernel can carry no records.
-#[derive(Debug, thiserror::Error)]
-pub enum NoKernelTls {
-    #[error("cannot make a connection over loopback to try it on: {0}")]
-    Loopback(io::Error),
-    #[error("the kernel has no TLS: {0}; it needs CONFIG_TLS, as a module `tls` (`modprobe tls`)")]
-    Missing(io::Error),
-    #[error(
-        "the kernel has TLS but takes no AES-128-GCM key: {0}; a module `gcm` may be missing (`modprobe gcm`)"
-    )]
-    Key(io::Error),
-    #[error("the kernel's TLS carries no record over loopback: {0}")]
-    Record(io::Error),
-    #[error(transparent)]
-    Unusable(#[from] RecordError),
-}
-
-impl KernelTls {
-    /// Sets up both directions between two sockets over loopback and sends a record and an alert, for every suite.
-    /// AES-128-GCM, which most tunnels negotiate, must work.
-    pub fn probe() -> Result<Self, NoKernelTls> {
-        let (key, iv) = (|| AeadKey::from([7; 32]), || Iv::from([9; 12]));
-        let (s128, s256, chacha) = (
-            ConnectionTrafficSecrets::Aes128Gcm { key: key(), iv: iv() },
-            ConnectionTrafficSecrets::Aes256Gcm { key: key(), iv: iv() },
-            ConnectionTrafficSecrets::Chacha20Poly1305 { key: key(), iv: iv() },
-        );
-        attempt(&s128)?;
-        let more = [
-            (CipherSuite::TLS13_AES_256_GCM_SHA384, s256),
-            (CipherSuite::TLS13_CHACHA20_POLY1305_SHA256, chacha),
-        ];
-        let works = more.into_iter().filter(|(_, secrets)| attempt(secrets).is_ok()).map(|(suite, _)| suite);
-        Ok(Self { suites: std::iter::once(CipherSuite::TLS13_AES_128_GCM_SHA256).chain(works).collect() })
-    }
-}
-
-fn attempt(secrets: &ConnectionTrafficSecrets) -> Result<(), NoKernelTls> {
-    const WAIT: Duration = Duration::from_secs(2);
-    const WORDS: &[u8] = b"a record";
-    let pair = || {
-        let listener = TcpListener::bind(("127.0.0.1", 0))?;
-        let near = Blocking::connect(listener.local_addr()?)?;
-        let (far, _) = listener.accept()?;
-        SockRef::from(&near).set_tcp_nodelay(true)?;
-        far.set_read_timeout(Some(WAIT))?;
-        io::Result::Ok((near, far))
-    };
-    let (near, far) = pair().map_err(NoKernelTls::Loopback)?;
-    let key = Key::new(3, secrets)?;
-    set(near.as_fd(), libc::IPPROTO_TCP, libc::TCP_ULP, b"tls").map_err(NoKernelTls::Missing)?;
-    hand_over(near.as_fd(), libc::TLS_TX, &key).map_err(NoKernelTls::Key)?;
-    hand_over(far.as_fd(), libc::TLS_RX, &key).map_err(NoKernelTls::Key)?;
-    let exchange = |kind| {
-        send_record(near.as_fd(), kind, WORDS)?;
-        let mut heard = [0; 64];
-        let (got, n) = receive_record(far.as_fd(), &mut heard)?;
-        if got == kind && heard.get(..n) == Some(WORDS) {
-            Ok(())
-        } else {
-            Err(io::ErrorKind::InvalidData.into())
-        }
-    };
-    exchange(23).and_then(|()| exchange(21)).map_err(NoKernelTls::Record)
 }

@@ -40,7 +40,7 @@ pub use connector::{Connector, Target};
 pub use frame::{
     Frame, FrameError, MAX_DETAIL, MAX_OPEN, MAX_REJECT, MAX_TRACE, Open, RejectReason, Rejection,
 };
-pub use kernel::{KernelTls, NoKernelTls};
+pub use kernel::{KernelRecords, NoKernelRecords};
 pub use order::{Order, Role};
 pub use record::{ContentType, Opener, RecordError, Sealer, whole_record};
 pub use stream::Stream;

@@ -8,7 +8,7 @@ use mtls::tunnel::{ContentType, Sealer};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
 use rustls::version::TLS13;
-use rustls::{ClientConfig, DigitallySignedStruct, ServerConfig, SignatureScheme};
+use rustls::{ClientConfig, DigitallySignedStruct, ServerConfig, SignatureScheme, SupportedCipherSuite};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
@@ -74,10 +74,10 @@ impl ServerCertVerifier for Credulous {
     }
 }
 
-fn provider(chacha: bool) -> CryptoProvider {
+fn provider(suite: Option<SupportedCipherSuite>) -> CryptoProvider {
     let mut provider = aws_lc_rs::default_provider();
-    if chacha {
-        provider.cipher_suites = vec![aws_lc_rs::cipher_suite::TLS13_CHACHA20_POLY1305_SHA256];
+    if let Some(suite) = suite {
+        provider.cipher_suites = vec![suite];
     }
     provider
 }
@@ -87,7 +87,8 @@ fn provider(chacha: bool) -> CryptoProvider {
 pub struct Manners {
     pub anonymous: bool,
     pub no_alpn: bool,
-    pub chacha: bool,
+    /// The one suite it offers, if not all.
+    pub suite: Option<SupportedCipherSuite>,
     /// Speaks `mtls/1.1`, which has RAW.
     pub raw: bool,
 }
@@ -97,7 +98,7 @@ pub async fn client(
     identity: &Arc<Identity>,
     manners: Manners,
 ) -> std::io::Result<client::TlsStream<TcpStream>> {
-    let provider = provider(manners.chacha);
+    let provider = provider(manners.suite);
     let builder = ClientConfig::builder_with_provider(Arc::new(provider.clone()))
         .with_protocol_versions(&[&TLS13])
         .unwrap()
@@ -156,7 +157,7 @@ pub async fn server(
     identity: &Arc<Identity>,
 ) -> std::io::Result<server::TlsStream<TcpStream>> {
     let key = PrivateKeyDer::Pkcs8(identity.svid.key.clone_key());
-    let mut config = ServerConfig::builder_with_provider(Arc::new(provider(false)))
+    let mut config = ServerConfig::builder_with_provider(Arc::new(provider(None)))
         .with_protocol_versions(&[&TLS13])
         .unwrap()
         .with_no_client_auth()

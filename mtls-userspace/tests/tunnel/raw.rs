@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use mtls::addr::OriginalSrc;
 use mtls::relay::{End, Progress, Records, Report, tunnelled};
-use mtls::tunnel::{Config, Connector, KernelTls, Open};
+use mtls::tunnel::{Config, Connector, KernelRecords, Open};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -42,7 +42,7 @@ impl Way {
 
 /// Whether this kernel carries records. Where it must (`MTLS_KERNEL_TLS=required`), lacking is failing.
 pub fn kernel() -> bool {
-    match KernelTls::probe() {
+    match KernelRecords::probe() {
         Ok(_) => true,
         Err(error) => {
             let required = std::env::var_os("MTLS_KERNEL_TLS").is_some_and(|value| value == "required");

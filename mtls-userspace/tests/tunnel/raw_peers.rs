@@ -9,6 +9,9 @@ use std::time::Duration;
 use mtls::identity::Identity;
 use mtls::relay::{End, Records};
 use mtls::tunnel::{Config, ContentType};
+use rustls::crypto::aws_lc_rs::cipher_suite::{
+    TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -36,7 +39,7 @@ async fn servers() -> Vec<(Agents, Arc<Identity>, bool)> {
     servers
 }
 
-const SPEAKS_RAW: Manners = Manners { anonymous: false, no_alpn: false, chacha: false, raw: true };
+const SPEAKS_RAW: Manners = Manners { anonymous: false, no_alpn: false, suite: None, raw: true };
 
 /// A peer's stream that has become raw, and the application behind it.
 async fn raw_stream(agents: &Agents, client: &Arc<Identity>, manners: Manners) -> (ByHand, TcpStream) {
@@ -56,9 +59,9 @@ async fn hears(far: &mut TcpStream, expected: &[u8]) {
 
 #[tokio::test]
 async fn a_rustls_client_is_understood_and_answered_raw() {
-    for chacha in [false, true] {
+    for suite in [TLS13_AES_128_GCM_SHA256, TLS13_AES_256_GCM_SHA384, TLS13_CHACHA20_POLY1305_SHA256] {
         for (mut agents, client, in_kernel) in servers().await {
-            let manners = Manners { chacha, ..SPEAKS_RAW };
+            let manners = Manners { suite: Some(suite), ..SPEAKS_RAW };
             let mut tls = foreign::client(agents.inbound, &client, manners).await.unwrap();
             tls.write_all(&open_frame(agents.destination())).await.unwrap();
             let (mut far, _) = soon(agents.application.accept()).await.unwrap();
