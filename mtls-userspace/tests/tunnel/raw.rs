@@ -199,7 +199,8 @@ async fn a_reset_is_noticed_while_the_other_side_reads_nothing() {
     while tokio::time::timeout(Duration::from_millis(300), near.write(&block)).await.is_ok() {}
     reset(near);
     let report = tokio::time::timeout(Duration::from_secs(2), agents.server_reports.recv()).await;
-    assert!(matches!(report.unwrap().unwrap().end, End::PeerReset));
+    let end = report.unwrap().unwrap().end;
+    assert!(matches!(end, End::PeerReset), "{end:?}");
     must_be_reset(&mut far).await;
 }
 

@@ -31,6 +31,8 @@ pub(super) struct Down {
     tried: bool,
     /// There when the kernel opens this direction.
     pipe: Option<Box<Pipe>>,
+    /// An error of the tunnel's that waits for what came before it: the kernel tells it once.
+    cut: Option<io::Error>,
 }
 
 impl Down {
@@ -202,15 +204,25 @@ impl Relay<'_> {
     fn poll_splice_tunnel(&mut self, cx: &mut Context<'_>) -> Step {
         let mut records = 0;
         while let Some(pipe) = &mut self.down.pipe {
-            match pipe.fill(self.tunnel, SPLICED) {
+            let filled = match self.down.cut.take() {
+                Some(error) => Err(error),
+                None => pipe.fill(self.tunnel, SPLICED),
+            };
+            match filled {
                 Ok(n) if n > 0 => {
                     records += 1;
                     if records >= pipe.records {
                         break;
                     }
                 }
-                // First what came before it; it is met again.
-                _ if pipe.held() > 0 => break,
+                // First what came before it. An end is met again; so are no record, and one that is no data.
+                Ok(_) if pipe.held() > 0 => break,
+                Err(error) if pipe.held() > 0 => {
+                    let again = error.kind() == io::ErrorKind::WouldBlock
+                        || error.raw_os_error() == Some(libc::EINVAL);
+                    self.down.cut = (!again).then_some(error);
+                    break;
+                }
                 Ok(_) if self.codec.order.inbound_closed() => {
                     self.down.over = true;
                     return Poll::Pending;
