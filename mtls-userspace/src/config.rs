@@ -13,7 +13,7 @@ use clap::ValueEnum;
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use crate::identity::TrustDomain;
+use crate::identity::{Credential, TrustDomain};
 use crate::observe::AccessLog;
 
 /// What `mtls node` was told, before validation.
@@ -39,6 +39,12 @@ pub struct Options {
     /// File with the token that proves this node to the authority
     #[arg(long, value_name = "FILE")]
     ca_token_file: Option<PathBuf>,
+    /// Instead of a token: this node's own certificate (PEM, leaf first), O=system:nodes, CN=system:node:NAME
+    #[arg(long, value_name = "FILE")]
+    ca_node_cert: Option<PathBuf>,
+    /// Its private key (PEM) [default: in the same file]
+    #[arg(long, value_name = "FILE")]
+    ca_node_key: Option<PathBuf>,
     /// Trust domain of every identity [default: cluster.local]
     #[arg(long)]
     trust_domain: Option<String>,
@@ -117,7 +123,8 @@ pub struct Config {
     pub manifests: PathBuf,
     pub ca_address: String,
     pub ca_root: PathBuf,
-    pub ca_token_file: PathBuf,
+    /// Proves this node to the authority.
+    pub ca_credential: Credential,
     pub trust_domain: TrustDomain,
     pub root_namespace: Arc<str>,
     pub certificate_lifetime: Duration,
@@ -175,7 +182,23 @@ impl Options {
         let manifests = mistakes.required("manifests", options.manifests);
         let ca_address = mistakes.required("ca-address", options.ca_address);
         let ca_root = mistakes.required("ca-root", options.ca_root);
-        let ca_token_file = mistakes.required("ca-token-file", options.ca_token_file);
+        let ca_credential = match (options.ca_token_file, options.ca_node_cert) {
+            (Some(token), None) => Some(Credential::Token(token)),
+            (None, Some(certificate)) => {
+                let key = options.ca_node_key.clone().unwrap_or_else(|| certificate.clone());
+                Some(Credential::Certificate { certificate, key })
+            }
+            (token, _) => {
+                let are = if token.is_some() { "are both given" } else { "are both missing" };
+                mistakes.0.push(format!(
+                    "--ca-token-file and --ca-node-cert {are}: one proves this node to the authority"
+                ));
+                None
+            }
+        };
+        if options.ca_node_key.is_some() && !matches!(ca_credential, Some(Credential::Certificate { .. })) {
+            mistakes.0.push("--ca-node-key is of no use without --ca-node-cert".into());
+        }
         if ca_address.as_ref().is_some_and(|a| !a.starts_with("https://")) {
             mistakes.0.push(
                 "--ca-address must start with https://: certificates are never asked for in the clear".into(),
@@ -198,10 +221,10 @@ impl Options {
             Some(manifests),
             Some(ca_address),
             Some(ca_root),
-            Some(ca_token_file),
+            Some(ca_credential),
             Ok(trust_domain),
             true,
-        ) = (node, manifests, ca_address, ca_root, ca_token_file, trust_domain, mistakes.0.is_empty())
+        ) = (node, manifests, ca_address, ca_root, ca_credential, trust_domain, mistakes.0.is_empty())
         else {
             return Err(Error::Invalid(mistakes));
         };
@@ -210,7 +233,7 @@ impl Options {
             manifests,
             ca_address,
             ca_root,
-            ca_token_file,
+            ca_credential,
             trust_domain,
             root_namespace: options.root_namespace.as_deref().unwrap_or("istio-system").into(),
             certificate_lifetime: Duration::from_secs(certificate_lifetime),
@@ -246,6 +269,8 @@ impl Options {
             ca_address: self.ca_address.or(file.ca_address),
             ca_root: self.ca_root.or(file.ca_root),
             ca_token_file: self.ca_token_file.or(file.ca_token_file),
+            ca_node_cert: self.ca_node_cert.or(file.ca_node_cert),
+            ca_node_key: self.ca_node_key.or(file.ca_node_key),
             trust_domain: self.trust_domain.or(file.trust_domain),
             root_namespace: self.root_namespace.or(file.root_namespace),
             certificate_lifetime: self.certificate_lifetime.or(file.certificate_lifetime),
@@ -318,6 +343,26 @@ mod tests {
     fn certificates_are_never_asked_for_in_the_clear() {
         let error = Options { ca_address: Some("http://ca:1".into()), ..complete() }.validate().unwrap_err();
         assert!(error.to_string().contains("https://"), "{error}");
+    }
+
+    #[test]
+    fn a_node_proves_itself_in_exactly_one_way() {
+        let certificate = || Some(PathBuf::from("/node.pem"));
+        let with = |options: Options| options.validate().map(|config| config.ca_credential);
+        let alone = || Options { ca_token_file: None, ca_node_cert: certificate(), ..complete() };
+        let expected =
+            |key: &str| Credential::Certificate { certificate: "/node.pem".into(), key: key.into() };
+        assert_eq!(with(alone()).unwrap(), expected("/node.pem"));
+        assert_eq!(with(Options { ca_node_key: Some("/k".into()), ..alone() }).unwrap(), expected("/k"));
+        assert_eq!(with(complete()).unwrap(), Credential::Token("/t".into()));
+        for (wrong, expected) in [
+            (Options { ca_node_cert: certificate(), ..complete() }, "both given"),
+            (Options { ca_token_file: None, ..complete() }, "both missing"),
+            (Options { ca_node_key: certificate(), ..complete() }, "--ca-node-key"),
+        ] {
+            let error = with(wrong).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
     }
 
     #[test]

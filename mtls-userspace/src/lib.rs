@@ -11,7 +11,7 @@
 //! | room | takes → gives |
 //! |---|---|
 //! | [`capture`] | pods → captured streams; the only room that speaks to the kernel half |
-//! | [`mesh`] | manifests → an immutable [`mesh::Mesh`] snapshot |
+//! | [`mesh`] | manifests, or a Kubernetes API server's objects → an immutable [`mesh::Mesh`] snapshot |
 //! | [`identity`] | SPIFFE ID → current certificate, key and trust bundle |
 //! | [`policy`] | (peer, workload, port) → [`policy::Authorized`] or a reason; pure |
 //! | [`tunnel`] | captured stream + destination ↔ authenticated tunnel |
@@ -20,7 +20,7 @@
 //! | [`plaintext`] | plaintext that was seen → readiness for STRICT |
 //! | [`observe`] | counters, access log, admin API |
 //!
-//! [`inspect`] answers the admin socket's questions from what the rooms hold and the kernel has;
+//! [`kubernetes`] is the way to the API server, for the rooms that need one; [`inspect`] answers the admin socket's questions from what the rooms hold and the kernel has;
 //! [`explain`] says what the walk would do to a connection without making one.
 
 pub mod addr;
@@ -35,6 +35,7 @@ pub mod enrolment;
 pub mod explain;
 pub mod identity;
 pub mod inspect;
+pub mod kubernetes;
 pub mod mesh;
 pub mod node;
 pub mod observe;

@@ -47,7 +47,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let authority = identity::RemoteAuthority::new(
         &config.ca_address,
         config.ca_root.clone(),
-        config.ca_token_file.clone(),
+        config.ca_credential.clone(),
     )
     .context("certificate authority")?;
     let settings = identity::Config { lifetime: config.certificate_lifetime, ..identity::Config::default() };

@@ -14,6 +14,7 @@ pub mod apps;
 mod cgroup;
 mod forgery;
 mod http;
+pub mod kubernetes;
 mod manifests;
 mod mesh;
 mod network;

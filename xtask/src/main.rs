@@ -3,6 +3,7 @@
 mod bench;
 mod build;
 mod demo;
+mod kubernetes;
 mod lint;
 mod promtool;
 mod setup;

@@ -11,7 +11,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{call, cargo, promtool, step, toolchain};
+use crate::{call, cargo, kubernetes, promtool, step, toolchain};
 
 /// A file or program that shows whether something is there, and the package that brings it.
 struct Need {
@@ -20,7 +20,7 @@ struct Need {
     why: &'static str,
 }
 
-const NEEDS: [Need; 15] = [
+const NEEDS: [Need; 19] = [
     Need { what: "cc", package: "build-essential", why: "a C compiler, for the cryptographic library" },
     Need { what: "ip", package: "iproute2", why: "the lab's network namespaces" },
     Need { what: "setpriv", package: "util-linux", why: "servers that refuse to run as root" },
@@ -35,6 +35,18 @@ const NEEDS: [Need; 15] = [
     Need { what: "mariadbd", package: "mariadb-server", why: "an application of the lab" },
     Need { what: "mariadb-slap", package: "mariadb-client", why: "load for MariaDB" },
     Need { what: "chromium", package: "chromium", why: "a browser for the status page" },
+    Need {
+        what: "runc",
+        package: "runc",
+        why: "what runs an agent with a DaemonSet's privileges and no others",
+    },
+    Need {
+        what: "/usr/share/containers/seccomp.json",
+        package: "golang-github-containers-common",
+        why: "the system calls that container engines permit",
+    },
+    Need { what: "umoci", package: "umoci", why: "another opinion about images" },
+    Need { what: "shellcheck", package: "shellcheck", why: "another opinion about scripts" },
     Need { what: "chromedriver", package: "chromium-driver", why: "what tells the browser what to do" },
 ];
 
@@ -72,6 +84,7 @@ pub fn run() -> Result<()> {
         call(install.args(["--no-default-features", "--features", "llvm-22"]))?;
     }
     promtool::install()?;
+    kubernetes::install()?;
     add_components()
 }
 
@@ -82,7 +95,8 @@ pub fn packages(needs: &[(&str, &str)]) -> Result<()> {
     if missing.is_empty() { Ok(()) } else { install(&missing) }
 }
 
-fn install(packages: &[&str]) -> Result<()> {
+/// Installs packages, missing or not.
+pub fn install(packages: &[&str]) -> Result<()> {
     let list = packages.join(" ");
     let rather = [&BPF_TOOLCHAIN[..], &LLVM[..]].concat().join(" ");
     require_debian(&list).with_context(|| {

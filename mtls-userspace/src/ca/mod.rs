@@ -10,6 +10,7 @@ use crate::identity::{InvalidCertificate, timestamp};
 
 mod authority;
 mod callers;
+mod client_certificate;
 mod directory;
 mod in_force;
 mod request;
@@ -17,7 +18,10 @@ mod server;
 mod service;
 
 pub use authority::CertificateAuthority;
-pub use callers::{Caller, Callers, InvalidTokens, JoinTokens, Unidentified};
+pub use callers::{
+    AnyOf, Caller, Callers, InvalidNodeCa, InvalidTokens, JoinTokens, NodeCertificates, Proof, ReviewFailed,
+    ServiceAccount, ServiceAccounts, TokenReviews, Unidentified,
+};
 pub use directory::write_root_bundle;
 pub use in_force::InForce;
 pub use server::serve;
@@ -92,6 +96,9 @@ pub enum Error {
 
     #[error("the token file {path} is unusable: {fault}; it is a YAML map, node name to token", path = path.display())]
     Tokens { path: PathBuf, fault: InvalidTokens },
+
+    #[error("the file of nodes' authorities {path} is unusable: {fault}", path = path.display())]
+    NodeCa { path: PathBuf, fault: InvalidNodeCa },
 
     #[error("cannot set up TLS for the authority's own address: {0}")]
     Tls(#[from] rustls::Error),

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
+use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
@@ -19,6 +20,7 @@ use tokio_rustls::server::TlsStream;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
+use super::client_certificate::AnyCertificate;
 use super::{Error, InForce, Service};
 use crate::identity::wire::istio_certificate_service_server::IstioCertificateServiceServer;
 
@@ -123,7 +125,7 @@ impl Front {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let mut config = rustls::ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])?
-            .with_no_client_auth()
+            .with_client_cert_verifier(AnyCertificate::new())
             .with_single_cert(certificate.chain, certificate.key.into())?;
         config.alpn_protocols = vec![b"h2".to_vec()];
         Ok((TlsAcceptor::from(Arc::new(config)), now + (left / 2).max(Duration::from_secs(1))))
@@ -163,11 +165,20 @@ struct Connection {
     _place: OwnedSemaphorePermit,
 }
 
-impl Connected for Connection {
-    type ConnectInfo = SocketAddr;
+/// Where a request came from.
+#[derive(Clone)]
+pub(super) struct Origin {
+    pub address: SocketAddr,
+    /// Leaf first; the caller has the leaf's key, nothing else is checked yet.
+    pub certificates: Option<Arc<[CertificateDer<'static>]>>,
+}
 
-    fn connect_info(&self) -> SocketAddr {
-        self.peer
+impl Connected for Connection {
+    type ConnectInfo = Origin;
+
+    fn connect_info(&self) -> Origin {
+        let certificates = self.stream.get_ref().1.peer_certificates();
+        Origin { address: self.peer, certificates: certificates.map(Into::into) }
     }
 }
 

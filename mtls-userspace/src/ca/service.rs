@@ -2,7 +2,6 @@
 //!
 //! A refusal says what is wrong and is told to the caller as a gRPC status; it is logged here, once.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +10,8 @@ use tonic::metadata::MetadataMap;
 use tonic::{Response, Status};
 
 use super::request::Request;
-use super::{Caller, Callers, CertificateAuthority, InForce, Unidentified};
+use super::server::Origin;
+use super::{Caller, Callers, CertificateAuthority, InForce, Proof, Unidentified};
 use crate::identity::wire::istio_certificate_service_server::IstioCertificateService;
 use crate::identity::wire::{IMPERSONATED_IDENTITY, IstioCertificateRequest, IstioCertificateResponse};
 use crate::identity::{Certificate, SpiffeId, timestamp, to_pem};
@@ -41,8 +41,9 @@ impl IstioCertificateService for Service {
         &self,
         request: tonic::Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
-        let peer = request.extensions().get::<SocketAddr>().copied();
-        let caller = self.caller(request.metadata()).await.inspect_err(|status| {
+        let from = request.extensions().get::<Origin>().cloned();
+        let peer = from.as_ref().map(|from| from.address);
+        let caller = self.caller(request.metadata(), from.as_ref()).await.inspect_err(|status| {
             tracing::warn!(?peer, reason = status.message(), "certificate refused: unknown caller");
         })?;
         self.answer(&caller, request.get_ref()).map(Response::new).inspect_err(|status| {
@@ -52,13 +53,18 @@ impl IstioCertificateService for Service {
 }
 
 impl Service {
-    async fn caller(&self, metadata: &MetadataMap) -> Result<Caller, Status> {
-        let token = bearer(metadata).ok_or_else(|| {
-            Status::unauthenticated("no bearer token: send `authorization: Bearer <the node's join token>`")
-        })?;
-        self.callers.identify(token).await.map_err(|error| match error {
-            Unidentified::Unknown => Status::unauthenticated(error.to_string()),
+    async fn caller(&self, metadata: &MetadataMap, from: Option<&Origin>) -> Result<Caller, Status> {
+        let certificates = from.and_then(|from| from.certificates.as_deref()).unwrap_or_default();
+        let proof = Proof { token: bearer(metadata), certificates };
+        if proof.is_empty() {
+            return Err(Status::unauthenticated(
+                "no bearer token and no client certificate: send `authorization: Bearer <the node's token>`, or \
+                 connect with the node's certificate",
+            ));
+        }
+        self.callers.identify(&proof).await.map_err(|error| match error {
             Unidentified::Unavailable { .. } => Status::unavailable(error.to_string()),
+            _ => Status::unauthenticated(error.to_string()),
         })
     }
 

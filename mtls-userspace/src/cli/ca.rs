@@ -10,7 +10,8 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::ca::{
-    CertificateAuthority, InForce, JoinTokens, NodeAuthorization, Service, serve, write_root_bundle,
+    AnyOf, Callers, CertificateAuthority, InForce, JoinTokens, NodeAuthorization, NodeCertificates, Service,
+    serve, write_root_bundle,
 };
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::mesh::{Settings, Source};
@@ -60,8 +61,13 @@ pub struct Ca {
     manifests: PathBuf,
 
     /// YAML map from node name to the join token of the node's agent.
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["node_ca"])]
+    tokens: Option<PathBuf>,
+
+    /// Authorities (PEM) of the nodes' own certificates, whose subject is O=system:nodes, CN=system:node:NAME as
+    /// kubelets have it: an agent that shows one needs no token.
     #[arg(long, value_name = "FILE")]
-    tokens: PathBuf,
+    node_ca: Option<PathBuf>,
 
     /// Longest lifetime of a workload's certificate, for example 24h or 10s.
     #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = lifetime)]
@@ -75,7 +81,7 @@ impl Ca {
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
 
         let authority = self.authority()?;
-        let tokens = JoinTokens::open(&self.tokens)?;
+        let callers = self.callers()?;
         let nodes = Arc::new(self.nodes()?);
         let listener = TcpListener::bind(self.listen)
             .await
@@ -95,11 +101,10 @@ impl Ca {
             trust_domain = %self.trust_domain,
             root_sha256 = now.root_fingerprint(),
             roots = now.roots().len(),
-            nodes = tokens.nodes().join(","),
             leaf_lifetime = ?self.leaf_lifetime,
             "serving certificates"
         );
-        let service = Service { authority: authority.clone(), callers: Arc::new(tokens), nodes };
+        let service = Service { authority: authority.clone(), callers: Arc::new(callers), nodes };
         let serving = serve(listener, names, service, async {
             tokio::select! {
                 _ = terminate.recv() => {}
@@ -130,6 +135,21 @@ impl Ca {
             }
             tracing::info!(path = %path.display(), "the changed roots are written");
         }
+    }
+
+    /// Every kind of proof that was asked for.
+    fn callers(&self) -> anyhow::Result<AnyOf> {
+        let mut kinds: Vec<Box<dyn Callers>> = Vec::new();
+        if let Some(path) = &self.node_ca {
+            tracing::info!(authorities = %path.display(), "nodes may show a certificate");
+            kinds.push(Box::new(NodeCertificates::open(path)?));
+        }
+        if let Some(path) = &self.tokens {
+            let tokens = JoinTokens::open(path)?;
+            tracing::info!(nodes = tokens.nodes().join(","), "nodes may show a join token");
+            kinds.push(Box::new(tokens));
+        }
+        Ok(AnyOf(kinds))
     }
 
     /// A node's identities, by the manifests as they are at each request.

@@ -17,7 +17,7 @@ mod rotation;
 mod spiffe;
 mod verdict;
 
-pub use authority::{Authority, Issued, RemoteAuthority, wire};
+pub use authority::{Authority, Credential, Issued, RemoteAuthority, wire};
 pub use certificate::InvalidCertificate;
 pub(crate) use certificate::{Certificate, pem_certificates, to_pem};
 pub use issuing::Csr;
@@ -76,6 +76,18 @@ pub enum Error {
 
     #[error("the token file {path} holds no token: it must be one line of printable ASCII", path = path.display())]
     Token { path: PathBuf },
+
+    #[error("the node's certificate file {path} is unusable: {source}", path = path.display())]
+    NodeCertificate { path: PathBuf, source: InvalidCertificate },
+
+    #[error(
+        "the node's key file {path} is unusable: {reason}; it must be the one unencrypted private key, in PEM, that \
+         the node's certificate was issued for", path = path.display()
+    )]
+    NodeKey { path: PathBuf, reason: String },
+
+    #[error("cannot set up TLS for calls to the certificate authority: {0}")]
+    Tls(rustls::Error),
 
     #[error("cannot reach the certificate authority at {address}: {source}")]
     Unreachable { address: String, source: std::io::Error },

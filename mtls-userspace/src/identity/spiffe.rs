@@ -47,6 +47,11 @@ impl SpiffeId {
         })))
     }
 
+    /// Whether anybody else holds this very value.
+    pub(crate) fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+
     pub fn trust_domain(&self) -> &TrustDomain {
         &self.0.trust_domain
     }

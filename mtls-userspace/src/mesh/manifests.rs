@@ -182,7 +182,7 @@ impl Reader {
     fn object(&mut self, mut value: Value, head: Head, place: Place) -> Result<(), Error> {
         let (group, _) = head.api_version.split_once('/').unwrap_or(("", &head.api_version));
         let expected: &[&'static str] = match (group, head.kind.as_str()) {
-            ("", "Namespace" | "Pod" | "Service") => &["v1"],
+            ("", "Namespace" | "Node" | "Pod" | "Service") => &["v1"],
             ("discovery.k8s.io", "EndpointSlice") => &["discovery.k8s.io/v1"],
             ("security.istio.io", "PeerAuthentication" | "AuthorizationPolicy") => {
                 &["security.istio.io/v1", "security.istio.io/v1beta1"]
@@ -216,6 +216,7 @@ impl Reader {
         let objects = &mut self.objects;
         match head.kind.as_str() {
             "Namespace" => read(value, object, place, &mut objects.namespaces),
+            "Node" => read(value, object, place, &mut objects.nodes),
             "Pod" => read(value, object, place, &mut objects.pods),
             "Service" => read(value, object, place, &mut objects.services),
             "EndpointSlice" => read(value, object, place, &mut objects.endpoint_slices),
@@ -241,7 +242,7 @@ impl Reader {
         if metadata.name.as_ref().is_none_or(String::is_empty) {
             return Err(wrong(head.kind.clone(), "metadata.name".into(), "missing".into()));
         }
-        if head.kind == "Namespace" {
+        if matches!(head.kind.as_str(), "Namespace" | "Node") {
             metadata.namespace = None;
         } else if metadata.namespace.as_ref().is_none_or(String::is_empty) {
             metadata.namespace = Some("default".to_owned());

@@ -1,9 +1,10 @@
-//! The mesh: manifests in, an immutable [`Mesh`] snapshot out.
+//! The mesh: manifests or the objects of an API server in, an immutable [`Mesh`] snapshot out.
 //!
-//! A broken manifest never replaces a good snapshot: the error names file, document and field, and the last good
-//! snapshot stays in force. This room never opens a connection and never looks at a certificate.
+//! What is broken never replaces what is good: of a directory the last good snapshot stays in force, and the error names
+//! file, document and field; of an API server each object's last good version does, because in a cluster somebody is
+//! always at work. This room never looks at a certificate.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
@@ -16,21 +17,32 @@ use crate::identity::{SpiffeId, TrustDomain};
 use crate::policy::{Mode, Policies};
 
 mod check;
+mod cluster;
+mod directory;
 mod error;
+mod hosts;
+mod interner;
 mod manifests;
 mod objects;
 mod pod;
 mod service;
 mod source;
+mod vip;
 
 pub use check::{Finding, Severity, check};
 pub use error::{Error, InvalidAddress, NoObject, Place};
 pub use objects::{Objects, Placed};
-pub use source::Source;
+pub use source::{Scope, Source};
 
-pub use service::{Health, ServedPort};
+pub use hosts::NodeName;
+pub use interner::Labels;
+pub use service::ServedPort;
+pub use vip::Health;
 
+use hosts::{Host, Hosts};
+use interner::Interner;
 use service::Services;
+use vip::{Endpoint, Vantage};
 
 /// What a mesh is built with besides its objects.
 #[derive(Clone, Debug)]
@@ -53,7 +65,7 @@ pub struct Workload {
     pub node: Option<Arc<str>>,
     /// All pod IPs, canonical, in manifest order; never empty. Of a pod on the host network: the node's.
     pub addresses: Vec<IpAddr>,
-    pub labels: BTreeMap<String, String>,
+    pub labels: Labels,
     /// `istio.io/dataplane-mode` says so and the pod is not on the host network.
     pub enrolled: bool,
     pub identity: SpiffeId,
@@ -88,10 +100,11 @@ pub enum Destination {
 pub struct Mesh {
     /// Rises with every accepted change.
     pub generation: u64,
-    pub workloads: Vec<Arc<Workload>>,
-    pub policies: Policies,
-    by_address: HashMap<IpAddr, Arc<Workload>>,
-    services: Services,
+    pub workloads: Arc<Vec<Arc<Workload>>>,
+    pub policies: Arc<Policies>,
+    by_address: Arc<HashMap<IpAddr, Arc<Workload>>>,
+    services: Arc<Services>,
+    hosts: Arc<Hosts>,
     warnings: Vec<Warning>,
 }
 
@@ -103,13 +116,16 @@ impl Mesh {
     /// The first object that contradicts itself or another, with the place it was read.
     pub fn build(objects: &Objects, settings: &Settings, generation: u64) -> Result<Self, Error> {
         let mut warnings = Vec::new();
-        let pods = pod::live_pods(objects, settings, &mut warnings)?;
+        let mut interner = Interner::default();
+        let pods = pod::live_pods(objects, settings, &mut interner, &mut warnings)?;
         let by_address: HashMap<IpAddr, Arc<Workload>> = pods
             .iter()
             .filter(|pod| !pod.host_network)
             .flat_map(|pod| pod.workload.addresses.iter().map(|address| (*address, pod.workload.clone())))
             .collect();
-        let services = Services::new(objects, &pods, &by_address, &mut warnings)?;
+        let services = Services::new(objects, &pods, &mut interner, &mut warnings)?;
+        let hosts: Vec<Host> =
+            objects.nodes.iter().map(|placed| Host::read(&placed.object, &mut interner)).collect();
         let workloads: Vec<Arc<Workload>> = pods.into_iter().map(|pod| pod.workload).collect();
         let policies = Policies::new(
             objects.peer_authentications.iter().map(|placed| &placed.object),
@@ -117,7 +133,15 @@ impl Mesh {
             &workloads,
             &settings.root_namespace,
         );
-        Ok(Self { generation, workloads, policies, by_address, services, warnings })
+        Ok(Self {
+            generation,
+            workloads: Arc::new(workloads),
+            policies: Arc::new(policies),
+            by_address: Arc::new(by_address),
+            services: Arc::new(services),
+            hosts: Arc::new(Hosts::new(hosts.iter())),
+            warnings,
+        })
     }
 
     /// The workload that owns an address, enrolled or not. Pods on the host network own none: the node's address
@@ -132,12 +156,27 @@ impl Mesh {
         let Some(service) = self.services.name(dst.ip()) else {
             return self.destination(self.workload(dst.ip()).cloned(), dst.addr(), None);
         };
-        match self.services.vip(dst.addr()).and_then(|vip| vip.choose(node)) {
+        let from = Vantage { node, zone: self.hosts.zone(node) };
+        let vip = self.services.vip(dst.addr());
+        match vip.and_then(|vip| vip.choose(from, |endpoint| self.is_known(endpoint))) {
             Some(endpoint) => {
-                self.destination(endpoint.workload.clone(), endpoint.address, Some(service.clone()))
+                let workload = self.workload(endpoint.address.ip()).cloned();
+                self.destination(workload, endpoint.address, Some(service.clone()))
             }
             None => Destination::Nowhere { service: service.clone() },
         }
+    }
+
+    /// A pod of which only its slice has told so far could be enrolled: to dial it would be to risk plaintext.
+    fn is_known(&self, endpoint: &Endpoint) -> bool {
+        let address = endpoint.address.ip();
+        !endpoint.is_pod || self.by_address.contains_key(&address) || self.hosts.at(address).is_some()
+    }
+
+    /// The node that has this address, if nodes are known. Whatever runs on its network, the API server of a control
+    /// plane node for example, comes from there.
+    pub fn node_at(&self, address: IpAddr) -> Option<&NodeName> {
+        self.hosts.at(address)
     }
 
     fn destination(
@@ -168,7 +207,11 @@ impl Mesh {
 
     /// What is behind a Service's address and port.
     pub fn served(&self, address: SocketAddr) -> Option<ServedPort> {
-        self.services.served(address)
+        let vip = self.services.vip(address)?;
+        let endpoint = |endpoint: &Endpoint| (endpoint.address, self.workload(endpoint.address.ip()).cloned());
+        let service = self.services.name(address.ip())?.clone();
+        let endpoints = vip.endpoints().iter().filter(|it| self.is_known(it)).map(endpoint).collect();
+        Some(ServedPort { service, address, endpoints, health: vip.health() })
     }
 
     /// Whether the address is a Service's, and which.

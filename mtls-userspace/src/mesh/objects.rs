@@ -1,7 +1,7 @@
 //! The Kubernetes objects a mesh is built from, each with the place it was read. Whatever reads objects, files or an
 //! API server, hands on this.
 
-use k8s_openapi::api::core::v1::{Namespace, Pod, Service};
+use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
@@ -19,6 +19,7 @@ pub struct Placed<T> {
 #[derive(Clone, Debug, Default)]
 pub struct Objects {
     pub namespaces: Vec<Placed<Namespace>>,
+    pub nodes: Vec<Placed<Node>>,
     pub pods: Vec<Placed<Pod>>,
     pub services: Vec<Placed<Service>>,
     pub endpoint_slices: Vec<Placed<EndpointSlice>>,

@@ -7,12 +7,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Container, Pod};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 
 use super::error::{Error, InvalidAddress};
+use super::interner::Interner;
 use super::objects::{Objects, Placed, called, namespace};
 use super::{Settings, Warning, Workload};
-use crate::identity::SpiffeId;
 
 /// Namespace and pod label that enrols: `ambient`. On a pod, `none` opts out.
 const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
@@ -30,13 +31,14 @@ pub(super) struct LivePod<'a> {
 pub(super) fn live_pods<'a>(
     objects: &'a Objects,
     settings: &Settings,
+    interner: &mut Interner,
     warnings: &mut Vec<Warning>,
 ) -> Result<Vec<LivePod<'a>>, Error> {
     let enrolling: HashSet<&str> = objects
         .namespaces
         .iter()
         .map(|placed| &placed.object.metadata)
-        .filter(|m| m.labels.as_ref().and_then(|l| l.get(DATAPLANE_MODE)).is_some_and(|v| v == "ambient"))
+        .filter(|metadata| enrols(metadata))
         .filter_map(|metadata| metadata.name.as_deref())
         .collect();
 
@@ -54,10 +56,86 @@ pub(super) fn live_pods<'a>(
         .filter(|(_, addresses)| !addresses.is_empty())
         .map(|(placed, addresses)| {
             let enrolled_namespace = enrolling.contains(namespace(&placed.object.metadata));
-            let workload = Arc::new(workload(placed, addresses, enrolled_namespace, settings)?);
-            Ok(LivePod { workload, pod: &placed.object, host_network: host_network(&placed.object) })
+            let mut workload = workload(placed, addresses, settings, interner)?;
+            workload.enrolled = takes_part(&placed.object, enrolled_namespace);
+            let host_network = host_network(&placed.object);
+            Ok(LivePod { workload: Arc::new(workload), pod: &placed.object, host_network })
         })
         .collect()
+}
+
+/// A namespace's label that enrols its pods.
+pub(super) fn enrols(namespace: &ObjectMeta) -> bool {
+    namespace.labels.as_ref().and_then(|labels| labels.get(DATAPLANE_MODE)).is_some_and(|it| it == "ambient")
+}
+
+/// Whether a pod is enrolled, in a namespace that enrols or not.
+fn takes_part(pod: &Pod, enrolled_namespace: bool) -> bool {
+    let mode = pod.metadata.labels.as_ref().and_then(|labels| labels.get(DATAPLANE_MODE));
+    !host_network(pod)
+        && match mode.map(String::as_str) {
+            Some("none") => false,
+            Some("ambient") => true,
+            _ => enrolled_namespace,
+        }
+}
+
+/// One pod by itself, without regard to others.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Single {
+    pub workload: Arc<Workload>,
+    /// Whether it is enrolled in a namespace that enrols, and in one that does not.
+    there: bool,
+    elsewhere: bool,
+    pub host_network: bool,
+    /// The newer of two pods that have the same address is the one that has it.
+    pub age: Age,
+}
+
+/// Ordered from the one that has lost its address to the one that has it now.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(super) struct Age {
+    stays: bool,
+    created: Option<Timestamp>,
+    started: Option<Timestamp>,
+}
+
+impl Single {
+    /// `None` for a pod that has no address, or has it no longer.
+    pub(super) fn read(
+        placed: &Placed<Pod>,
+        settings: &Settings,
+        interner: &mut Interner,
+    ) -> Result<Option<Self>, Error> {
+        let pod = &placed.object;
+        let addresses = addresses(placed)?;
+        if is_finished(pod) || addresses.is_empty() {
+            return Ok(None);
+        }
+        let workload = workload(placed, addresses, settings, interner)?;
+        let started = pod.status.as_ref().and_then(|status| status.start_time.as_ref());
+        Ok(Some(Self {
+            workload: Arc::new(workload),
+            there: takes_part(pod, true),
+            elsewhere: takes_part(pod, false),
+            host_network: host_network(pod),
+            age: Age {
+                stays: pod.metadata.deletion_timestamp.is_none(),
+                created: created(pod),
+                started: started.map(|time| time.0),
+            },
+        }))
+    }
+
+    /// Follows its namespace's label. Returns whether that changes anything.
+    pub(super) fn live_in(&mut self, enrolling: bool) -> bool {
+        let enrolled = if enrolling { self.there } else { self.elsewhere };
+        let changes = self.workload.enrolled != enrolled;
+        if changes {
+            Arc::make_mut(&mut self.workload).enrolled = enrolled;
+        }
+        changes
+    }
 }
 
 /// Kubernetes may give the address of a finished pod to another one.
@@ -149,39 +227,39 @@ fn created(pod: &Pod) -> Option<Timestamp> {
     pod.metadata.creation_timestamp.as_ref().map(|time| time.0)
 }
 
+/// Not enrolled; that is for the caller to say.
 fn workload(
     placed: &Placed<Pod>,
     addresses: Vec<IpAddr>,
-    enrolled_namespace: bool,
     settings: &Settings,
+    interner: &mut Interner,
 ) -> Result<Workload, Error> {
     let metadata = &placed.object.metadata;
     let spec = placed.object.spec.as_ref();
     let service_account = named(spec.and_then(|s| s.service_account_name.as_ref()))
         .or_else(|| named(spec.and_then(|s| s.service_account.as_ref())))
         .unwrap_or("default");
-    let identity =
-        SpiffeId::new(&settings.trust_domain, namespace(metadata), service_account).map_err(|problem| {
-            Error::Identity { place: placed.place.clone(), object: called("Pod", metadata), problem }
+    let identity = interner
+        .identity(&settings.trust_domain, namespace(metadata), service_account)
+        .map_err(|problem| Error::Identity {
+            place: placed.place.clone(),
+            object: called("Pod", metadata),
+            problem,
         })?;
-    let labels = metadata.labels.clone().unwrap_or_default();
-    let mode = labels.get(DATAPLANE_MODE).map(String::as_str);
-    let enrolled = mode != Some("none")
-        && (mode == Some("ambient") || enrolled_namespace)
-        && !host_network(&placed.object);
+    let labels = interner.labels(metadata.labels.clone().unwrap_or_default());
     let name: Arc<str> = named(metadata.name.as_ref()).unwrap_or_default().into();
     let app = labels.get("app").or_else(|| labels.get("app.kubernetes.io/name"));
     Ok(Workload {
         namespace: identity.namespace().clone(),
         service_account: identity.service_account().clone(),
-        app: app.map_or_else(|| name.clone(), |app| app.as_str().into()),
+        app: app.map_or_else(|| name.clone(), |app| interner.text(app)),
         name,
-        node: named(spec.and_then(|s| s.node_name.as_ref())).map(Arc::from),
+        node: named(spec.and_then(|s| s.node_name.as_ref())).map(|node| interner.text(node)),
         addresses,
         labels,
-        enrolled,
+        enrolled: false,
         identity,
-        ports: ports(placed)?,
+        ports: ports(placed, interner)?,
         netns: path(placed, NETNS)?,
         cgroup: path(placed, CGROUP)?,
     })
@@ -193,7 +271,7 @@ fn named(name: Option<&String>) -> Option<&str> {
 
 type NamedPort = (Option<Arc<str>>, u16);
 
-fn ports(placed: &Placed<Pod>) -> Result<Vec<NamedPort>, Error> {
+fn ports(placed: &Placed<Pod>, interner: &mut Interner) -> Result<Vec<NamedPort>, Error> {
     let spec = placed.object.spec.as_ref();
     // Of the init containers only sidecars serve while the pod runs.
     let sidecar = |c: &&Container| c.restart_policy.as_deref() == Some("Always");
@@ -210,7 +288,7 @@ fn ports(placed: &Placed<Pod>) -> Result<Vec<NamedPort>, Error> {
                 field: "spec.containers.ports.containerPort",
                 problem,
             })?;
-            Ok((port.name.as_deref().map(Arc::from), number))
+            Ok((port.name.as_deref().map(|name| interner.text(name)), number))
         })
         .collect()
 }

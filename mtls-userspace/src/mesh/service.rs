@@ -1,26 +1,27 @@
-//! Services: manifests in, a table from (VIP, port) to endpoints out. Chooses an endpoint at flat cost.
+//! Services: manifests in, a table from (VIP, port) to endpoints out.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{Pod, Service, ServicePort, ServiceSpec};
-use k8s_openapi::api::discovery::v1::{EndpointConditions, EndpointSlice};
+use k8s_openapi::api::core::v1::{Pod, Service, ServiceSpec};
+use k8s_openapi::api::discovery::v1::{Endpoint as SliceEndpoint, EndpointConditions, EndpointSlice};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
-use rand::Rng;
 
 use super::error::Error;
+use super::interner::Interner;
 use super::objects::{Objects, Placed, called, namespace};
 use super::pod::{LivePod, parse_address, parse_port};
+use super::vip::{Candidate, Endpoint, Health, Locality, Readiness, Vip};
 use super::{Warning, Workload, key};
 
 /// Label by which an EndpointSlice names its Service.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
 /// Every VIP of every Service.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Services {
-    ports: HashMap<SocketAddr, Vip>,
+    ports: HashMap<SocketAddr, Arc<Vip>>,
     names: HashMap<IpAddr, Arc<str>>,
 }
 
@@ -35,81 +36,82 @@ pub struct ServedPort {
     pub health: Health,
 }
 
-/// Endpoints by readiness, whether connections go to them or not.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Health {
-    pub ready: usize,
-    /// Shutting down but still answering: used where nobody is ready.
-    pub draining: usize,
-    pub not_ready: usize,
-}
-
-/// One (VIP, port).
-#[derive(Debug)]
-pub(super) struct Vip {
-    endpoints: Vec<Endpoint>,
+/// What the mesh uses of a Service that has an address.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Front {
+    /// `namespace/name`.
+    pub name: Arc<str>,
+    /// Canonical; never empty.
+    pub vips: Vec<IpAddr>,
+    ports: Vec<FrontPort>,
     locality: Locality,
-    /// Endpoints by node, where locality asks for it.
-    by_node: HashMap<Arc<str>, Vec<Endpoint>>,
-    health: Health,
+    not_ready_too: bool,
+    session_affinity: bool,
 }
 
-#[derive(Clone, Debug)]
-pub(super) struct Endpoint {
-    pub address: SocketAddr,
-    /// `None`: an address that belongs to no pod of the mesh's view.
-    pub workload: Option<Arc<Workload>>,
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct FrontPort {
+    /// By which slices know it; empty for a Service's only port.
+    name: Box<str>,
+    number: u16,
+    target: Target,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Locality {
-    Anywhere,
-    /// `trafficDistribution: PreferSameNode`.
-    SameNodeFirst,
-    /// `internalTrafficPolicy: Local`.
-    SameNodeOnly,
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Target {
+    Number(u16),
+    /// Whatever number each pod declares under that name.
+    Named(Box<str>),
 }
 
-/// An endpoint while its readiness is judged.
-struct Candidate {
-    endpoint: Endpoint,
+/// What the mesh uses of an EndpointSlice.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Slice {
+    ipv4: bool,
+    ports: Vec<(Box<str>, u16)>,
+    endpoints: Vec<Place>,
+}
+
+/// An endpoint without its port.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Place {
+    address: IpAddr,
     node: Option<Arc<str>>,
+    zone: Option<Arc<str>>,
+    hints: Box<[Arc<str>]>,
     readiness: Readiness,
+    is_pod: bool,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Readiness {
-    Ready,
-    /// Shutting down but still answering: used when nobody is ready, as kube-proxy does.
-    Draining,
-    NotReady,
+/// Every address and port of one Service.
+#[derive(Debug)]
+pub(super) struct Table {
+    pub name: Arc<str>,
+    pub ports: Vec<(SocketAddr, Arc<Vip>)>,
 }
 
 impl Services {
     pub(super) fn new(
         objects: &Objects,
         pods: &[LivePod<'_>],
-        owner: &HashMap<IpAddr, Arc<Workload>>,
+        interner: &mut Interner,
         warnings: &mut Vec<Warning>,
     ) -> Result<Self, Error> {
         let mut pods_of: HashMap<&str, Vec<&LivePod<'_>>> = HashMap::new();
         for pod in pods {
             pods_of.entry(&pod.workload.namespace).or_default().push(pod);
         }
-        let mut slices_of: HashMap<(&str, &str), Vec<&Placed<EndpointSlice>>> = HashMap::new();
-        for slice in &objects.endpoint_slices {
-            let metadata = &slice.object.metadata;
-            if let Some(service) = metadata.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME)) {
-                slices_of.entry((namespace(metadata), service)).or_default().push(slice);
+        let mut slices_of: HashMap<String, Vec<Slice>> = HashMap::new();
+        for placed in &objects.endpoint_slices {
+            if let Some((service, slice)) = Slice::read(placed, interner)? {
+                slices_of.entry(service).or_default().push(slice);
             }
         }
-
         let mut services = Self::default();
         let mut claimed: HashMap<IpAddr, &Placed<Service>> = HashMap::new();
         for placed in &objects.services {
-            let Some(spec) = &placed.object.spec else { continue };
-            let vips = vips(placed, spec)?;
-            for vip in &vips {
+            let Some(front) = Front::read(placed)? else { continue };
+            for vip in &front.vips {
                 if let Some(first) = claimed.insert(*vip, placed) {
                     return Err(Error::ClaimedVip {
                         address: *vip,
@@ -120,35 +122,34 @@ impl Services {
                     });
                 }
             }
-            if vips.is_empty() {
-                continue;
-            }
-            let metadata = &placed.object.metadata;
-            let name: Arc<str> = key(metadata).into();
-            if spec.session_affinity.as_deref() == Some("ClientIP") {
-                warnings.push(Warning::SessionAffinity { service: name.clone() });
-            }
-            let in_namespace = pods_of.get(namespace(metadata)).map(Vec::as_slice).unwrap_or_default();
-            let slices = slices_of.get(&(namespace(metadata), metadata.name.as_deref().unwrap_or_default()));
-            for vip in vips {
-                services.names.insert(vip, name.clone());
-                for port in spec.ports.iter().flatten().filter(|port| is_tcp(port.protocol.as_ref())) {
-                    let number = checked_port(placed, port.port.into(), "spec.ports.port")?;
-                    let candidates = match slices {
-                        Some(slices) => from_slices(slices, spec, port, vip, owner)?,
-                        None => from_selector(placed, spec, port, vip, in_namespace)?,
-                    };
-                    let vip_port = Vip::new(locality(spec), candidates);
-                    services.ports.insert(SocketAddr::new(vip, number), vip_port);
+            warnings.extend(front.warning());
+            let table = match slices_of.get(&*front.name) {
+                Some(slices) => front.table(slices.iter()),
+                None => {
+                    let namespace = namespace(&placed.object.metadata);
+                    front.selected(placed, pods_of.get(namespace).map(Vec::as_slice).unwrap_or_default())
                 }
-            }
+            };
+            front.vips.iter().for_each(|vip| services.add(*vip, &table));
         }
         Ok(services)
     }
 
+    /// Lets an address of a Service lead to what is behind it.
+    pub(super) fn add(&mut self, vip: IpAddr, table: &Table) {
+        self.names.insert(vip, table.name.clone());
+        let ports = table.ports.iter().filter(|(address, _)| address.ip() == vip);
+        self.ports.extend(ports.map(|(address, vip)| (*address, vip.clone())));
+    }
+
+    pub(super) fn remove(&mut self, vip: IpAddr) {
+        self.names.remove(&vip);
+        self.ports.retain(|address, _| address.ip() != vip);
+    }
+
     /// What a Service's address and port stand for.
     pub(super) fn vip(&self, address: SocketAddr) -> Option<&Vip> {
-        self.ports.get(&address)
+        self.ports.get(&address).map(Arc::as_ref)
     }
 
     /// The Service that has this address.
@@ -164,50 +165,160 @@ impl Services {
         ports
     }
 
-    pub(super) fn served(&self, address: SocketAddr) -> Option<ServedPort> {
-        let vip = self.vip(address)?;
-        let endpoints = vip.endpoints.iter().map(|e| (e.address, e.workload.clone())).collect();
-        let service = self.name(address.ip())?.clone();
-        Some(ServedPort { service, address, endpoints, health: vip.health })
-    }
-
     pub(super) fn addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.names.keys().copied()
     }
 }
 
-impl Vip {
-    fn new(locality: Locality, candidates: Vec<Candidate>) -> Self {
-        let count =
-            |readiness| candidates.iter().filter(|candidate| candidate.readiness == readiness).count();
-        let health = Health {
-            ready: count(Readiness::Ready),
-            draining: count(Readiness::Draining),
-            not_ready: count(Readiness::NotReady),
-        };
-        let used = if health.ready > 0 { Readiness::Ready } else { Readiness::Draining };
-        let mut vip = Self { endpoints: Vec::new(), locality, by_node: HashMap::new(), health };
-        for candidate in candidates.into_iter().filter(|candidate| candidate.readiness == used) {
-            if let (Some(node), true) = (candidate.node, locality != Locality::Anywhere) {
-                vip.by_node.entry(node).or_default().push(candidate.endpoint.clone());
-            }
-            vip.endpoints.push(candidate.endpoint);
+impl Front {
+    /// `None` for a Service without an address of its own: headless, ExternalName, or not there yet.
+    pub(super) fn read(placed: &Placed<Service>) -> Result<Option<Self>, Error> {
+        let Some(spec) = &placed.object.spec else { return Ok(None) };
+        let vips = vips(placed, spec)?;
+        if vips.is_empty() {
+            return Ok(None);
         }
-        vip
+        let checked = |port: i32, field| checked_port(placed, port.into(), field);
+        let mut ports = Vec::new();
+        for port in spec.ports.iter().flatten().filter(|port| is_tcp(port.protocol.as_ref())) {
+            let number = checked(port.port, "spec.ports.port")?;
+            let target = match &port.target_port {
+                None => Target::Number(number),
+                Some(IntOrString::Int(number)) => {
+                    Target::Number(checked(*number, "spec.ports.targetPort")?)
+                }
+                Some(IntOrString::String(name)) => Target::Named(name.as_str().into()),
+            };
+            ports.push(FrontPort { name: port.name.as_deref().unwrap_or_default().into(), number, target });
+        }
+        Ok(Some(Self {
+            name: key(&placed.object.metadata).into(),
+            vips,
+            ports,
+            locality: locality(spec),
+            not_ready_too: spec.publish_not_ready_addresses.unwrap_or(false),
+            session_affinity: spec.session_affinity.as_deref() == Some("ClientIP"),
+        }))
     }
 
-    /// One of the endpoints that a client on `node` may use, each as likely as the others.
-    pub(super) fn choose(&self, node: &str) -> Option<&Endpoint> {
-        let local = self.by_node.get(node).map(Vec::as_slice).unwrap_or_default();
-        let from = match self.locality {
-            Locality::SameNodeOnly => local,
-            Locality::SameNodeFirst if !local.is_empty() => local,
-            Locality::SameNodeFirst | Locality::Anywhere => &self.endpoints,
+    pub(super) fn warning(&self) -> Option<Warning> {
+        self.session_affinity.then(|| Warning::SessionAffinity { service: self.name.clone() })
+    }
+
+    /// Slices say everything themselves: target ports are already numbers, and readiness is already judged.
+    pub(super) fn table<'a>(&self, slices: impl Iterator<Item = &'a Slice> + Clone) -> Table {
+        self.with(|port, vip| {
+            let mut candidates: Vec<Candidate> = Vec::new();
+            // While endpoints move from one slice to another they may be in both.
+            let mut known: HashMap<SocketAddr, usize> = HashMap::new();
+            for slice in slices.clone().filter(|slice| slice.ipv4 == vip.is_ipv4()) {
+                let target = slice.ports.iter().find(|(name, _)| *name == port.name);
+                for place in target.iter().flat_map(|_| &slice.endpoints) {
+                    let Some((_, target)) = target else { continue };
+                    let address = SocketAddr::new(place.address, *target);
+                    let candidate = Candidate {
+                        endpoint: Endpoint { address, is_pod: place.is_pod },
+                        node: place.node.clone(),
+                        zone: place.zone.clone(),
+                        hints: place.hints.clone(),
+                        readiness: if self.not_ready_too { Readiness::Ready } else { place.readiness },
+                    };
+                    let at = *known.entry(address).or_insert(candidates.len());
+                    match candidates.get_mut(at) {
+                        None => candidates.push(candidate),
+                        Some(same) if candidate.readiness < same.readiness => *same = candidate,
+                        Some(_) => {}
+                    }
+                }
+            }
+            candidates
+        })
+    }
+
+    /// Without slices, what the EndpointSlice controller would have found.
+    fn selected(&self, placed: &Placed<Service>, pods: &[&LivePod<'_>]) -> Table {
+        let selector = placed.object.spec.as_ref().and_then(|spec| spec.selector.as_ref());
+        let nobody = BTreeMap::new();
+        let selector = selector.unwrap_or(&nobody);
+        let selects = |workload: &Workload| {
+            !selector.is_empty() && selector.iter().all(|(k, v)| workload.labels.get(k) == Some(v))
         };
-        match from {
-            [] => None,
-            [only] => Some(only),
-            several => several.get(rand::rng().random_range(0..several.len())),
+        let selected: Vec<_> = pods.iter().filter(|live| selects(&live.workload)).collect();
+        self.with(|port, vip| {
+            let candidate = |live: &&&LivePod<'_>| {
+                let address = live.workload.addresses.iter().find(|a| a.is_ipv4() == vip.is_ipv4())?;
+                let target = match &port.target {
+                    Target::Number(number) => *number,
+                    Target::Named(wanted) => {
+                        let ports = &live.workload.ports;
+                        ports.iter().find(|(name, _)| name.as_deref() == Some(wanted))?.1
+                    }
+                };
+                Some(Candidate {
+                    endpoint: Endpoint { address: SocketAddr::new(*address, target), is_pod: false },
+                    node: live.workload.node.clone(),
+                    zone: None,
+                    hints: Box::default(),
+                    readiness: if self.not_ready_too { Readiness::Ready } else { pod_readiness(live.pod) },
+                })
+            };
+            selected.iter().filter_map(candidate).collect()
+        })
+    }
+
+    fn with(&self, candidates: impl Fn(&FrontPort, IpAddr) -> Vec<Candidate>) -> Table {
+        let vip = |port: &FrontPort, vip: IpAddr| Arc::new(Vip::new(self.locality, candidates(port, vip)));
+        let ports = self.vips.iter().flat_map(|address| {
+            self.ports
+                .iter()
+                .map(move |port| (SocketAddr::new(*address, port.number), vip(port, *address)))
+        });
+        Table { name: self.name.clone(), ports: ports.collect() }
+    }
+}
+
+impl Slice {
+    /// With its Service's `namespace/name`. `None` for a slice of names instead of addresses, or of no Service.
+    pub(super) fn read(
+        placed: &Placed<EndpointSlice>,
+        interner: &mut Interner,
+    ) -> Result<Option<(String, Self)>, Error> {
+        let EndpointSlice { metadata, address_type, ports, endpoints } = &placed.object;
+        let service = metadata.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME));
+        let (Some(service), "IPv4" | "IPv6") = (service, address_type.as_str()) else { return Ok(None) };
+        let wrong = |field, problem| Error::Address {
+            place: placed.place.clone(),
+            object: called("EndpointSlice", metadata),
+            field,
+            problem,
+        };
+        let mut slice =
+            Self { ipv4: address_type.as_str() == "IPv4", ports: Vec::new(), endpoints: Vec::new() };
+        for port in ports.iter().flatten().filter(|port| is_tcp(port.protocol.as_ref())) {
+            let Some(number) = port.port else { continue };
+            let number = parse_port(number.into()).map_err(|problem| wrong("ports.port", problem))?;
+            slice.ports.push((port.name.as_deref().unwrap_or_default().into(), number));
+        }
+        for endpoint in endpoints.iter().flatten() {
+            // Kubernetes: all addresses of an endpoint are the same one; consumers take the first.
+            let Some(address) = endpoint.addresses.first() else { continue };
+            let address = parse_address(address).map_err(|problem| wrong("endpoints.addresses", problem))?;
+            slice.endpoints.push(Place::read(endpoint, address, interner));
+        }
+        Ok(Some((format!("{}/{service}", namespace(metadata)), slice)))
+    }
+}
+
+impl Place {
+    fn read(endpoint: &SliceEndpoint, address: IpAddr, interner: &mut Interner) -> Self {
+        let hints = endpoint.hints.iter().flat_map(|hints| hints.for_zones.iter().flatten());
+        Self {
+            address,
+            node: endpoint.node_name.as_deref().map(|node| interner.text(node)),
+            zone: endpoint.zone.as_deref().map(|zone| interner.text(zone)),
+            hints: hints.map(|zone| interner.text(&zone.name)).collect(),
+            readiness: endpoint.conditions.as_ref().map_or(Readiness::Ready, readiness),
+            is_pod: endpoint.target_ref.as_ref().is_some_and(|it| it.kind.as_deref() == Some("Pod")),
         }
     }
 }
@@ -238,61 +349,13 @@ fn vips(placed: &Placed<Service>, spec: &ServiceSpec) -> Result<Vec<IpAddr>, Err
 
 fn locality(spec: &ServiceSpec) -> Locality {
     if spec.internal_traffic_policy.as_deref() == Some("Local") {
-        Locality::SameNodeOnly
-    } else if spec.traffic_distribution.as_deref() == Some("PreferSameNode") {
-        Locality::SameNodeFirst
-    } else {
-        Locality::Anywhere
+        return Locality::SameNodeOnly;
     }
-}
-
-/// Slices say everything themselves: target ports are already numbers, and readiness is already judged.
-fn from_slices(
-    slices: &[&Placed<EndpointSlice>],
-    spec: &ServiceSpec,
-    port: &ServicePort,
-    vip: IpAddr,
-    owner: &HashMap<IpAddr, Arc<Workload>>,
-) -> Result<Vec<Candidate>, Error> {
-    let not_ready_too = spec.publish_not_ready_addresses.unwrap_or(false);
-    let family = if vip.is_ipv4() { "IPv4" } else { "IPv6" };
-    let name = port.name.as_deref().unwrap_or_default();
-    let mut candidates = Vec::new();
-    for placed in slices.iter().filter(|placed| placed.object.address_type == family) {
-        let wrong = |field, problem| Error::Address {
-            place: placed.place.clone(),
-            object: called("EndpointSlice", &placed.object.metadata),
-            field,
-            problem,
-        };
-        let same = placed
-            .object
-            .ports
-            .iter()
-            .flatten()
-            .find(|p| is_tcp(p.protocol.as_ref()) && p.name.as_deref().unwrap_or_default() == name);
-        let Some(target) = same.and_then(|port| port.port) else { continue };
-        let target = parse_port(target.into()).map_err(|problem| wrong("ports.port", problem))?;
-        for endpoint in placed.object.endpoints.iter().flatten() {
-            // Kubernetes: all addresses of an endpoint are the same one; consumers take the first.
-            let Some(address) = endpoint.addresses.first() else { continue };
-            let address = parse_address(address).map_err(|problem| wrong("endpoints.addresses", problem))?;
-            let readiness = match endpoint.conditions.as_ref() {
-                _ if not_ready_too => Readiness::Ready,
-                None => Readiness::Ready,
-                Some(conditions) => readiness(conditions),
-            };
-            candidates.push(Candidate {
-                endpoint: Endpoint {
-                    address: SocketAddr::new(address, target),
-                    workload: owner.get(&address).cloned(),
-                },
-                node: endpoint.node_name.as_deref().map(Arc::from),
-                readiness,
-            });
-        }
+    match spec.traffic_distribution.as_deref() {
+        Some("PreferSameNode") => Locality::SameNodeFirst,
+        Some("PreferSameZone" | "PreferClose") => Locality::SameZoneFirst,
+        _ => Locality::Anywhere,
     }
-    Ok(candidates)
 }
 
 /// Absent conditions mean ready; an absent `serving` means whatever `ready` says.
@@ -303,47 +366,6 @@ fn readiness(conditions: &EndpointConditions) -> Readiness {
         (false, true, true) => Readiness::Draining,
         _ => Readiness::NotReady,
     }
-}
-
-/// Without slices, what the EndpointSlice controller would have found.
-fn from_selector(
-    placed: &Placed<Service>,
-    spec: &ServiceSpec,
-    port: &ServicePort,
-    vip: IpAddr,
-    pods: &[&LivePod<'_>],
-) -> Result<Vec<Candidate>, Error> {
-    let Some(selector) = spec.selector.as_ref().filter(|selector| !selector.is_empty()) else {
-        return Ok(Vec::new());
-    };
-    let not_ready_too = spec.publish_not_ready_addresses.unwrap_or(false);
-    let number = match &port.target_port {
-        None => Some(checked_port(placed, port.port.into(), "spec.ports.port")?),
-        Some(IntOrString::Int(number)) => {
-            Some(checked_port(placed, (*number).into(), "spec.ports.targetPort")?)
-        }
-        Some(IntOrString::String(_)) => None,
-    };
-    let named = |workload: &Workload| match &port.target_port {
-        Some(IntOrString::String(name)) => {
-            workload.ports.iter().find(|(n, _)| n.as_deref() == Some(name)).map(|(_, number)| *number)
-        }
-        _ => None,
-    };
-    let mut candidates = Vec::new();
-    for live in pods.iter().filter(|p| selector.iter().all(|(k, v)| p.workload.labels.get(k) == Some(v))) {
-        let address = live.workload.addresses.iter().find(|a| a.is_ipv4() == vip.is_ipv4());
-        let (Some(address), Some(target)) = (address, number.or_else(|| named(&live.workload))) else {
-            continue;
-        };
-        let workload = (!live.host_network).then(|| live.workload.clone());
-        candidates.push(Candidate {
-            endpoint: Endpoint { address: SocketAddr::new(*address, target), workload },
-            node: live.workload.node.clone(),
-            readiness: if not_ready_too { Readiness::Ready } else { pod_readiness(live.pod) },
-        });
-    }
-    Ok(candidates)
 }
 
 /// A pod manifest without conditions counts as ready: outside Kubernetes nobody probes it.

@@ -1,48 +1,27 @@
-//! The directory of manifests as a live [`Mesh`]: a path in, snapshots out. Reloads on change; what can't be
-//! understood is reported and never replaces a good snapshot.
+//! A live [`Mesh`]: a directory of manifests or a Kubernetes API server in, snapshots out, one after the other.
+//!
+//! Whatever can't be understood or reached is reported and never replaces a good snapshot.
 
+use std::any::Any;
 use std::collections::HashSet;
-use std::fs;
-use std::io;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
-use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind};
-use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::watch;
 
-use super::manifests::Files;
-use super::{Error, Mesh, Settings};
+use super::{Error, Mesh, Settings, cluster, directory};
+use crate::kubernetes::Cluster;
 
-/// Changes come in groups; wait until none came for this long.
-const QUIET: Duration = Duration::from_millis(50);
-/// A file that is being written is left alone until it is closed, or for this long after its last write.
-const QUIET_WHILE_WRITING: Duration = Duration::from_millis(500);
-/// A directory that never rests is read nonetheless.
-const MAX_WAIT: Duration = Duration::from_secs(2);
-/// The safety net for changes that no event told of.
-const RESCAN: Duration = Duration::from_secs(5);
-/// A file that vanishes while the directory is read is a change in progress, not an error.
-const READ_ATTEMPTS: u32 = 5;
+pub use super::cluster::Scope;
 
 /// A live mesh. Cheap to clone; the watching ends when the last clone is dropped.
 #[derive(Clone)]
 pub struct Source {
     shared: Arc<Shared>,
-    _watching: Arc<Watching>,
-}
-
-struct Shared {
-    current: ArcSwap<Mesh>,
-    generation: watch::Sender<u64>,
-    last_error: ArcSwapOption<String>,
-    errors: AtomicU64,
+    /// Dropped with the last clone, and then ends what feeds `shared`.
+    _watching: Arc<dyn Any + Send + Sync>,
 }
 
 impl Source {
@@ -52,36 +31,15 @@ impl Source {
     ///
     /// The first load must succeed; its error names the place to correct.
     pub fn directory(directory: PathBuf, settings: Settings) -> Result<Self, Error> {
-        let (send, receive) = mpsc::channel();
-        let mut follower = Follower {
-            watch: Watch::new(&directory, send.clone()),
-            directory,
-            settings,
-            accepted: Vec::new(),
-            refused: None,
-        };
-        // Watching began before this, so that no change can fall between.
-        let files = follower.read()?;
-        let mesh = Mesh::build(&files.objects()?, &follower.settings, 1)?;
-        if files.is_empty() {
-            tracing::warn!(directory = %follower.directory.display(), "no manifest yet; the mesh is empty");
-        }
-        follower.accepted = files.digest();
-        report(&mesh, None);
-        let shared = Arc::new(Shared {
-            current: ArcSwap::from_pointee(mesh),
-            generation: watch::Sender::new(1),
-            last_error: ArcSwapOption::empty(),
-            errors: AtomicU64::new(0),
-        });
-        let directory = follower.directory.clone();
-        let following = {
-            let shared = shared.clone();
-            let builder = thread::Builder::new().name("mtls-manifests".to_owned());
-            builder.spawn(move || follower.follow(&receive, &shared))
-        };
-        let thread = following.map_err(|source| Error::Thread { directory, source })?;
-        Ok(Self { shared, _watching: Arc::new(Watching { stop: send, thread: Some(thread) }) })
+        let (shared, watching) = directory::follow(directory, settings)?;
+        Ok(Self { shared, _watching: Arc::new(watching) })
+    }
+
+    /// Follows the objects of an API server. Completes when all that `scope` asks for has been listed once, and waits
+    /// for that as long as it takes, saying why: an empty mesh would let out in plaintext what is enrolled.
+    pub async fn kubernetes(cluster: Cluster, settings: Settings, scope: Scope) -> Self {
+        let (shared, watching) = cluster::follow(cluster, settings, scope).await;
+        Self { shared, _watching: Arc::new(watching) }
     }
 
     /// The snapshot in force. Lock free.
@@ -94,7 +52,7 @@ impl Source {
         self.shared.generation.subscribe()
     }
 
-    /// Why the directory as it is now isn't in force; `None` when it is.
+    /// Why what is there now isn't all in force; `None` when it is.
     pub fn last_error(&self) -> Option<String> {
         self.shared.last_error.load().as_deref().cloned()
     }
@@ -105,186 +63,43 @@ impl Source {
     }
 }
 
-struct Watching {
-    stop: Sender<Message>,
-    thread: Option<JoinHandle<()>>,
+/// Where a feeder puts snapshots.
+pub(super) struct Shared {
+    current: ArcSwap<Mesh>,
+    generation: watch::Sender<u64>,
+    last_error: ArcSwapOption<String>,
+    errors: AtomicU64,
 }
 
-impl Drop for Watching {
-    fn drop(&mut self) {
-        // A thread that is gone already needs no telling.
-        let _ = self.stop.send(Message::Stop);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-enum Message {
-    Changed(notify::Event),
-    Stop,
-}
-
-/// The thread's own state.
-struct Follower {
-    directory: PathBuf,
-    settings: Settings,
-    watch: Watch,
-    /// Digest of the files in force.
-    accepted: Vec<u8>,
-    /// What was last reported as an error, so that a rescan does not repeat it.
-    refused: Option<String>,
-}
-
-impl Follower {
-    fn follow(mut self, messages: &Receiver<Message>, shared: &Shared) {
-        loop {
-            match messages.recv_timeout(RESCAN) {
-                Ok(Message::Changed(event)) => {
-                    if settle(event, messages).is_err() {
-                        return;
-                    }
-                }
-                Ok(Message::Stop) | Err(RecvTimeoutError::Disconnected) => return,
-                Err(RecvTimeoutError::Timeout) => {}
-            }
-            self.watch.renew(&self.directory);
-            match self.load(shared) {
-                Ok(()) => {
-                    if self.refused.take().is_some() {
-                        tracing::info!(directory = %self.directory.display(), "manifests are valid again");
-                        shared.last_error.store(None);
-                    }
-                }
-                Err(error) => {
-                    let error = error.to_string();
-                    if self.refused.as_ref() != Some(&error) {
-                        tracing::error!(error, "manifests refused; the last good state stays in force");
-                        shared.errors.fetch_add(1, Ordering::Relaxed);
-                        shared.last_error.store(Some(Arc::new(error.clone())));
-                        self.refused = Some(error);
-                    }
-                }
-            }
-        }
+impl Shared {
+    pub(super) fn new(mesh: Mesh) -> Arc<Self> {
+        report(&mesh, None);
+        Arc::new(Self {
+            generation: watch::Sender::new(mesh.generation),
+            current: ArcSwap::from_pointee(mesh),
+            last_error: ArcSwapOption::empty(),
+            errors: AtomicU64::new(0),
+        })
     }
 
-    fn load(&mut self, shared: &Shared) -> Result<(), Error> {
-        let files = self.read()?;
-        let digest = files.digest();
-        if digest == self.accepted {
-            return Ok(());
-        }
-        let before = shared.current.load_full();
-        // An unmounted or half-copied directory must not turn everything into plaintext.
-        if files.is_empty() && !before.workloads.is_empty() {
-            return Err(Error::Emptied { directory: self.directory.clone() });
-        }
-        let mesh = Mesh::build(&files.objects()?, &self.settings, before.generation + 1)?;
-        report(&mesh, Some(&before));
-        self.accepted = digest;
+    pub(super) fn current(&self) -> Arc<Mesh> {
+        self.current.load_full()
+    }
+
+    pub(super) fn publish(&self, mesh: Mesh) {
+        report(&mesh, Some(&self.current()));
         let generation = mesh.generation;
-        shared.current.store(Arc::new(mesh));
-        shared.generation.send_replace(generation);
-        Ok(())
+        self.current.store(Arc::new(mesh));
+        self.generation.send_replace(generation);
     }
 
-    fn read(&self) -> Result<Files, Error> {
-        let mut attempt = 1;
-        loop {
-            match Files::read(&self.directory) {
-                Err(Error::Read { source, .. })
-                    if source.kind() == io::ErrorKind::NotFound && attempt < READ_ATTEMPTS =>
-                {
-                    attempt += 1;
-                    thread::sleep(QUIET / 5);
-                }
-                outcome => return outcome,
-            }
-        }
-    }
-}
-
-/// Waits until a group of changes is over. Errs when told to stop.
-fn settle(first: notify::Event, messages: &Receiver<Message>) -> Result<(), ()> {
-    let deadline = Instant::now() + MAX_WAIT;
-    let mut writing = HashSet::new();
-    let mut event = first;
-    loop {
-        for path in event.paths {
-            match event.kind {
-                EventKind::Modify(ModifyKind::Data(_)) => drop(writing.insert(path)),
-                _ => drop(writing.remove(&path)),
-            }
-        }
-        let quiet = if writing.is_empty() { QUIET } else { QUIET_WHILE_WRITING };
-        let left = deadline.saturating_duration_since(Instant::now());
-        match messages.recv_timeout(quiet.min(left)) {
-            Ok(Message::Changed(next)) if !left.is_zero() => event = next,
-            Ok(Message::Changed(_)) | Err(RecvTimeoutError::Timeout) => return Ok(()),
-            Ok(Message::Stop) | Err(RecvTimeoutError::Disconnected) => return Err(()),
-        }
-    }
-}
-
-/// The kernel's notices of changes, as far as they can be had.
-struct Watch {
-    watcher: Option<RecommendedWatcher>,
-    /// Device and inode of the directory watched: the path may come to mean another.
-    watched: Option<(u64, u64)>,
-}
-
-impl Watch {
-    fn new(directory: &Path, send: Sender<Message>) -> Self {
-        let notice = move |event: notify::Result<notify::Event>| {
-            if let Ok(event) = event
-                && concerns(&event)
-            {
-                // The follower ends first; then nobody wants to know.
-                let _ = send.send(Message::Changed(event));
-            }
-        };
-        let watcher = match notify::recommended_watcher(notice) {
-            Ok(watcher) => Some(watcher),
-            Err(error) => {
-                tracing::warn!(%error, "no notices of changed manifests; they are noticed within {RESCAN:?}");
-                None
-            }
-        };
-        let mut watch = Self { watcher, watched: None };
-        watch.renew(directory);
-        watch
+    /// `None`: everything is in force again.
+    pub(super) fn say(&self, error: Option<String>) {
+        self.last_error.store(error.map(Arc::new));
     }
 
-    fn renew(&mut self, directory: &Path) {
-        let Some(watcher) = &mut self.watcher else { return };
-        let now = fs::metadata(directory).map(|m| (m.dev(), m.ino())).ok();
-        if now == self.watched {
-            return;
-        }
-        if self.watched.take().is_some() {
-            // Of a directory that is gone, the kernel has dropped the watch already.
-            let _ = watcher.unwatch(directory);
-        }
-        if now.is_none() {
-            return;
-        }
-        match watcher.watch(directory, RecursiveMode::Recursive) {
-            Ok(()) => self.watched = now,
-            Err(error) => tracing::warn!(
-                directory = %directory.display(), %error,
-                "no notices of changed manifests; they are noticed within {RESCAN:?}"
-            ),
-        }
-    }
-}
-
-/// Reading the manifests makes events too.
-fn concerns(event: &notify::Event) -> bool {
-    match event.kind {
-        EventKind::Access(AccessKind::Close(AccessMode::Write)) => true,
-        EventKind::Access(_) => false,
-        _ => true,
+    pub(super) fn count_error(&self) {
+        self.errors.fetch_add(1, Ordering::Relaxed);
     }
 }
 

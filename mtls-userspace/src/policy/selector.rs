@@ -97,7 +97,7 @@ impl<'a> Selectable<'a> {
         let mut index = Self { by_namespace: HashMap::new(), by_label: HashMap::new() };
         for workload in workloads {
             index.by_namespace.entry(&workload.namespace).or_default().push(workload);
-            for (key, value) in &workload.labels {
+            for (key, value) in workload.labels.iter() {
                 index.by_label.entry((key, value)).or_default().push(workload);
             }
         }

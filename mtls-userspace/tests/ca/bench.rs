@@ -7,8 +7,8 @@ use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use mtls::ca::{CertificateAuthority, InForce, JoinTokens, Service, serve};
-use mtls::identity::{Config, Identities, RemoteAuthority, SpiffeId, TrustDomain};
+use mtls::ca::{Callers, CertificateAuthority, InForce, JoinTokens, Service, serve};
+use mtls::identity::{Config, Credential, Identities, RemoteAuthority, SpiffeId, TrustDomain};
 use tempfile::TempDir;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
@@ -23,6 +23,8 @@ pub struct Bench {
     pub authority: Arc<CertificateAuthority>,
     pub in_force: Arc<InForce>,
     pub address: SocketAddr,
+    /// Join tokens, if not other kinds of proof.
+    pub callers: Option<Arc<dyn Callers>>,
     running: Option<(oneshot::Sender<()>, JoinHandle<()>)>,
 }
 
@@ -42,8 +44,8 @@ impl Bench {
         std::fs::write(dir.path().join("tokens.yaml"), format!("node-a: {TOKEN_A}\nnode-b: {TOKEN_B}\n"))
             .unwrap();
         std::fs::write(dir.path().join("root.pem"), authority.root_bundle()).unwrap();
-        let mut bench =
-            Self { dir, authority, in_force, address: "127.0.0.1:0".parse().unwrap(), running: None };
+        let address = "127.0.0.1:0".parse().unwrap();
+        let mut bench = Self { dir, authority, in_force, address, callers: None, running: None };
         bench.start().await;
         bench
     }
@@ -53,9 +55,10 @@ impl Bench {
         assert!(self.running.is_none());
         let listener = TcpListener::bind(self.address).await.unwrap();
         self.address = listener.local_addr().unwrap();
+        let join_tokens = || Arc::new(JoinTokens::open(&self.path("tokens.yaml")).unwrap());
         let service = Service {
             authority: self.in_force.clone(),
-            callers: Arc::new(JoinTokens::open(&self.path("tokens.yaml")).unwrap()),
+            callers: self.callers.clone().unwrap_or_else(|| join_tokens()),
             nodes: Arc::new(|node: &str, id: &SpiffeId| {
                 (node == "node-a" && *id == cart()) || (node == "node-b" && *id == db())
             }),
@@ -83,8 +86,11 @@ impl Bench {
         // A file for each: two agents may live at one time.
         let token_file = self.path(if token == TOKEN_A { "token" } else { "token-b" });
         std::fs::write(&token_file, format!("{token}\n")).unwrap();
-        let address = format!("https://{}", self.address);
-        RemoteAuthority::new(&address, self.path("root.pem"), token_file).unwrap()
+        self.remote_with(Credential::Token(token_file))
+    }
+
+    pub fn remote_with(&self, credential: Credential) -> RemoteAuthority {
+        RemoteAuthority::new(&format!("https://{}", self.address), self.path("root.pem"), credential).unwrap()
     }
 
     /// node-a's agent, renewing `shop/cart` in the background.

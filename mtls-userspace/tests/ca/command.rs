@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use mtls::cli::ca::Ca;
-use mtls::identity::{Identities, RemoteAuthority};
+use mtls::identity::{Credential, Identities, RemoteAuthority};
 
 use crate::bench::*;
 
@@ -43,8 +43,11 @@ async fn it_serves_what_flags_and_manifests_say_and_ends_at_sigterm() {
     ]);
     let running = tokio::spawn(line.unwrap().ca.run());
 
-    let remote =
-        RemoteAuthority::new(&format!("https://{address}"), path("root.pem").into(), path("token").into());
+    let remote = RemoteAuthority::new(
+        &format!("https://{address}"),
+        path("root.pem").into(),
+        Credential::Token(path("token").into()),
+    );
     let identities = Identities::new(Arc::new(remote.unwrap()), quick());
     identities.want(HashSet::from([cart(), db()]));
     let _task = tokio::spawn(identities.clone().run(std::future::pending()));
@@ -112,7 +115,8 @@ fn flags_are_checked() {
     ] {
         assert!(with(bad).is_err(), "{bad:?}");
     }
-    assert!(parse(&["--manifests", "m"]).is_err(), "tokens are needed");
+    assert!(parse(&["--manifests", "m"]).is_err(), "some proof of who calls is needed");
+    assert!(parse(&["--manifests", "m", "--node-ca", "c"]).is_ok());
     assert!(parse(&["--tokens", "t"]).is_err(), "manifests are needed");
 }
 

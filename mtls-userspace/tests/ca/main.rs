@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bench;
+mod callers;
 mod command;
 mod directory;
 mod requests;

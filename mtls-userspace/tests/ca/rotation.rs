@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mtls::ca::CertificateAuthority;
-use mtls::identity::{Authority, Config, Csr, Error, Identities, Issued, SpiffeId};
+use mtls::identity::{Authority, Config, Credential, Csr, Error, Identities, Issued, SpiffeId};
 
 use crate::bench::*;
 
@@ -200,7 +200,9 @@ async fn an_answer_for_somebody_else_is_not_used() {
 
 #[test]
 fn an_address_must_be_an_authoritys() {
-    let open = |address: &str| mtls::identity::RemoteAuthority::new(address, "root".into(), "token".into());
+    let open = |address: &str| {
+        mtls::identity::RemoteAuthority::new(address, "root".into(), Credential::Token("token".into()))
+    };
     for good in ["https://10.0.0.1:15012", "https://[fd00::1]:15012", "https://ca.mesh", "https://ca.mesh:1/"]
     {
         assert!(open(good).is_ok(), "{good}");
@@ -260,5 +262,6 @@ fn bench_b(bench: &Bench) -> mtls::identity::RemoteAuthority {
     let token_file = bench.path("token-b");
     std::fs::write(&token_file, TOKEN_B).unwrap();
     let address = format!("https://{}", bench.address);
-    mtls::identity::RemoteAuthority::new(&address, bench.path("root.pem"), token_file).unwrap()
+    mtls::identity::RemoteAuthority::new(&address, bench.path("root.pem"), Credential::Token(token_file))
+        .unwrap()
 }

@@ -8,7 +8,7 @@ use super::{Csr, Error, SpiffeId};
 
 mod remote;
 
-pub use remote::RemoteAuthority;
+pub use remote::{Credential, RemoteAuthority};
 
 /// Signs certificates for the workloads of this node.
 #[tonic::async_trait]

@@ -1,8 +1,8 @@
 //! An authority across the network: `istio.v1.auth.IstioCertificateService/CreateCertificate`, as `mtls ca` and
 //! istiod serve it.
 //!
-//! Root and token files are read again for every attempt, so that a rotation of either needs no restart. A private
-//! key never passes here.
+//! Root, token and node certificate files are read again for every attempt, so that a rotation of any needs no restart.
+//! A workload's private key never passes here.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use prost_types::{Struct, Value, value::Kind};
-use rustls_pki_types::{CertificateDer, ServerName};
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -38,19 +39,28 @@ pub struct RemoteAuthority {
     port: u16,
     server_name: ServerName<'static>,
     root_file: PathBuf,
-    token_file: PathBuf,
+    credential: Credential,
     /// The root file as last seen, by which a change is noticed.
     seen: Mutex<Option<Vec<CertificateDer<'static>>>>,
 }
 
+/// What proves this node to the authority.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Credential {
+    /// A file with a bearer token: a join token, or the pod's ServiceAccount token.
+    Token(PathBuf),
+    /// PEM files of the node's own certificate (leaf first) and its key; may be one file.
+    Certificate { certificate: PathBuf, key: PathBuf },
+}
+
 impl RemoteAuthority {
     /// `address` is `https://HOST[:PORT]`; the authority proves itself as HOST with a root in `root_file` (PEM), and
-    /// we to it with the bearer token in `token_file`.
+    /// we to it with the credential.
     ///
     /// # Errors
     ///
     /// [`Error::Address`]. The files are not looked at yet: they may be mounted, or written by the CA, later.
-    pub fn new(address: &str, root_file: PathBuf, token_file: PathBuf) -> Result<Self, Error> {
+    pub fn new(address: &str, root_file: PathBuf, credential: Credential) -> Result<Self, Error> {
         let invalid = || Error::Address { address: address.into() };
         let uri: http::Uri = address.parse().map_err(|_| invalid())?;
         if uri.scheme_str() != Some("https") || !matches!(uri.path(), "" | "/") || uri.query().is_some() {
@@ -68,17 +78,18 @@ impl RemoteAuthority {
             host,
             server_name,
             root_file,
-            token_file,
+            credential,
             seen: Mutex::default(),
         })
     }
 
     async fn connect(&self, roots: &[CertificateDer<'static>]) -> Result<Channel, Error> {
         let address = || self.address.clone();
-        let tls = client_config(roots).map_err(|error| Error::RootFile {
+        let tls = self.credential.client_config(trusted(roots).map_err(|error| Error::RootFile {
             path: self.root_file.clone(),
             source: InvalidCertificate::Der { reason: error.to_string() },
-        })?;
+        })?);
+        let tls = tls.await?;
         let tcp = TcpStream::connect((self.host.as_str(), self.port))
             .await
             .map_err(|source| Error::Unreachable { address: address(), source })?;
@@ -119,10 +130,14 @@ impl RemoteAuthority {
     fn seen(&self) -> MutexGuard<'_, Option<Vec<CertificateDer<'static>>>> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    async fn bearer(&self) -> Result<MetadataValue<Ascii>, Error> {
-        let unusable = || Error::Token { path: self.token_file.clone() };
-        let content = read("the token file", &self.token_file).await?;
+impl Credential {
+    /// Goes along with a request.
+    async fn bearer(&self) -> Result<Option<MetadataValue<Ascii>>, Error> {
+        let Self::Token(path) = self else { return Ok(None) };
+        let unusable = || Error::Token { path: path.clone() };
+        let content = read("the token file", path).await?;
         let token = std::str::from_utf8(&content).map_err(|_| unusable())?.trim();
         if token.is_empty() {
             return Err(unusable());
@@ -130,7 +145,30 @@ impl RemoteAuthority {
         let mut bearer: MetadataValue<Ascii> =
             Zeroizing::new(format!("Bearer {token}")).parse().map_err(|_| unusable())?;
         bearer.set_sensitive(true);
-        Ok(bearer)
+        Ok(Some(bearer))
+    }
+
+    async fn client_config(&self, roots: rustls::RootCertStore) -> Result<rustls::ClientConfig, Error> {
+        let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+        let config = rustls::ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(Error::Tls)?
+            .with_root_certificates(roots);
+        let mut config = match self {
+            Self::Token(_) => config.with_no_client_auth(),
+            Self::Certificate { certificate, key: path } => {
+                let pem = read("the node's certificate", certificate).await?;
+                let chain = pem_certificates(&pem)
+                    .map_err(|source| Error::NodeCertificate { path: certificate.clone(), source })?;
+                let unusable = |reason: String| Error::NodeKey { path: path.clone(), reason };
+                let pem = read("the node's key", path).await?;
+                let key = PrivateKeyDer::from_pem_slice(&pem).map_err(|error| unusable(error.to_string()))?;
+                // Says so when it is another certificate's key.
+                config.with_client_auth_cert(chain, key).map_err(|error| unusable(error.to_string()))?
+            }
+        };
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Ok(config)
     }
 }
 
@@ -140,7 +178,7 @@ impl Authority for RemoteAuthority {
         let roots = self.roots().await?;
         // What the first certificate came with is what a change is a change of.
         self.seen().get_or_insert_with(|| roots.clone());
-        let bearer = self.bearer().await?;
+        let bearer = self.credential.bearer().await?;
         let mut client = IstioCertificateServiceClient::new(self.connect(&roots).await?);
 
         let impersonated = Value { kind: Some(Kind::StringValue(id.uri().into())) };
@@ -150,7 +188,9 @@ impl Authority for RemoteAuthority {
             validity_duration: i64::try_from(lifetime.as_millis().div_ceil(1000)).unwrap_or(i64::MAX),
             metadata: Some(Struct { fields: [(IMPERSONATED_IDENTITY.into(), impersonated)].into() }),
         });
-        request.metadata_mut().insert("authorization", bearer);
+        if let Some(bearer) = bearer {
+            request.metadata_mut().insert("authorization", bearer);
+        }
         let answer = client.create_certificate(request).await.map_err(|status| Error::Refused {
             address: self.address.clone(),
             id: id.clone(),
@@ -200,21 +240,15 @@ fn take_apart(
     Ok(issued)
 }
 
-fn client_config(roots: &[CertificateDer<'static>]) -> Result<rustls::ClientConfig, rustls::Error> {
+fn trusted(roots: &[CertificateDer<'static>]) -> Result<rustls::RootCertStore, rustls::Error> {
     let mut store = rustls::RootCertStore::empty();
     for root in roots {
         store.add(root.clone())?;
     }
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_root_certificates(store)
-        .with_no_client_auth();
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(config)
+    Ok(store)
 }
 
-/// The content is overwritten when dropped: it may be a token.
+/// The content is overwritten when dropped: it may be a token or a key.
 async fn read(what: &'static str, path: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {
     let content = tokio::fs::read(path).await;
     content.map(Zeroizing::new).map_err(|source| Error::File { what, path: path.into(), source })

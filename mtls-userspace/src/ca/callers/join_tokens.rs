@@ -1,96 +1,44 @@
-//! Callers: a bearer token in, the node that it speaks for out. Says nothing of what that node may ask for.
+//! Join tokens: a YAML map that the operator wrote in, the node that a token was given to out.
 
 use std::collections::HashSet;
 use std::fmt;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
+use std::path::Path;
+use std::sync::Arc;
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
 use aws_lc_rs::digest::{SHA256, digest};
 use serde_yaml_ng::{Mapping, Value};
 use zeroize::Zeroizing;
 
-use super::Error;
-
-/// Who is calling, proven by the token.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Caller {
-    pub node: Arc<str>,
-}
-
-/// Knows callers by their tokens.
-#[tonic::async_trait]
-pub trait Callers: Send + Sync {
-    async fn identify(&self, token: &str) -> Result<Caller, Unidentified>;
-}
-
-/// Why a caller is not known.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Unidentified {
-    #[error("the token is not one of this certificate authority's")]
-    Unknown,
-    /// Worth a retry: whoever knows the callers can't be asked now.
-    #[error("callers cannot be checked now: {reason}")]
-    Unavailable { reason: String },
-}
+use super::followed::Followed;
+use super::{Caller, Callers, Proof, Unidentified};
+use crate::ca::Error;
 
 /// Tokens that the operator gave out, each bound to one node: a YAML map from node name to token.
 ///
 /// The file is read again when it changes; while it is broken the last good content counts.
-pub struct JoinTokens {
-    path: PathBuf,
-    known: Mutex<Known>,
-}
-
-struct Known {
-    tokens: Arc<Tokens>,
-    stamp: Option<Stamp>,
-}
-
-/// Enough to see that a file is another, or was written to.
-type Stamp = (SystemTime, u64, u64);
+pub struct JoinTokens(Followed<Tokens>);
 
 /// Only digests are kept: of equal length, whatever the tokens', and useless to whoever reads this memory.
 struct Tokens(Vec<(Arc<str>, [u8; 32])>);
 
 impl JoinTokens {
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let stamp =
-            stamp(path).map_err(|source| Error::File { attempt: "read", path: path.into(), source })?;
-        let tokens = Arc::new(read(path)?);
-        Ok(Self { path: path.into(), known: Mutex::new(Known { tokens, stamp: Some(stamp) }) })
+        Followed::open(path, read).map(Self)
     }
 
     /// Names of the nodes that have a token.
     pub fn nodes(&self) -> Vec<Arc<str>> {
-        self.current().0.iter().map(|(node, _)| node.clone()).collect()
-    }
-
-    fn current(&self) -> Arc<Tokens> {
-        let now = stamp(&self.path).ok();
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if now != known.stamp {
-            known.stamp = now;
-            match read(&self.path) {
-                Ok(tokens) => {
-                    tracing::info!(path = %self.path.display(), nodes = tokens.0.len(), "join tokens read again");
-                    known.tokens = Arc::new(tokens);
-                }
-                Err(error) => {
-                    tracing::error!(%error, "join tokens not replaced: the last good ones still count")
-                }
-            }
-        }
-        known.tokens.clone()
+        self.0.current().0.iter().map(|(node, _)| node.clone()).collect()
     }
 }
 
 #[tonic::async_trait]
 impl Callers for JoinTokens {
-    async fn identify(&self, token: &str) -> Result<Caller, Unidentified> {
+    async fn identify(&self, proof: &Proof<'_>) -> Result<Caller, Unidentified> {
+        let token = proof.token.ok_or(Unidentified::Absent)?;
         let presented = digest(&SHA256, token.as_bytes());
-        let tokens = self.current();
+        let tokens = self.0.current();
         let mut caller = None;
         // Every entry is compared, and each in constant time: the time taken tells nothing about the tokens.
         for (node, known) in &tokens.0 {
@@ -178,12 +126,6 @@ fn entries_of(entries: &Mapping) -> Result<Tokens, InvalidTokens> {
     Ok(Tokens(tokens))
 }
 
-fn stamp(path: &Path) -> std::io::Result<Stamp> {
-    use std::os::unix::fs::MetadataExt;
-    let file = std::fs::metadata(path)?;
-    Ok((file.modified()?, file.len(), file.ino()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -221,7 +163,10 @@ mod tests {
         let path = dir.path().join("tokens.yaml");
         std::fs::write(&path, "node-a: aaaaaaaaaaaaaaaaaaaa\nnode-b: bbbbbbbbbbbbbbbbbbbb\n").unwrap();
         let tokens = JoinTokens::open(&path).unwrap();
-        let node = async |token| tokens.identify(token).await.map(|caller| caller.node.to_string());
+        let node = async |token| {
+            let proof = Proof { token: Some(token), certificates: &[] };
+            tokens.identify(&proof).await.map(|caller| caller.node.to_string())
+        };
         assert_eq!(node("aaaaaaaaaaaaaaaaaaaa").await, Ok("node-a".into()));
         assert_eq!(node("bbbbbbbbbbbbbbbbbbbb").await, Ok("node-b".into()));
         for wrong in ["", "a", "aaaaaaaaaaaaaaaaaaa", "aaaaaaaaaaaaaaaaaaaaa", "AAAAAAAAAAAAAAAAAAAA"] {

@@ -1,0 +1,8 @@
+//! The Kubernetes API as source, authority and publisher, against a server of the tests' own.
+
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod cluster;
+mod following;
+mod policies;
+mod services;
