@@ -13,6 +13,7 @@ use clap::ValueEnum;
 use ipnet::IpNet;
 use serde::Deserialize;
 
+use crate::features::Forced;
 use crate::identity::{Credential, TrustDomain};
 use crate::observe::AccessLog;
 
@@ -84,6 +85,9 @@ pub struct Options {
     /// Congestion control of the pods' loopback legs; `host` leaves it alone [default: cubic, else reno]
     #[arg(long, value_name = "NAME")]
     loopback_congestion: Option<String>,
+    /// Not what the kernel is found to do: NAME=on must work, NAME=off is left alone; names are those of `mtls lab features`
+    #[arg(long, value_name = "NAME=on|off")]
+    feature: Vec<Forced>,
     /// Whether the kernel carries the TLS records of long streams; `on` fails at start where it can't [default: auto]
     #[arg(long)]
     kernel_tls: Option<KernelTls>,
@@ -144,6 +148,8 @@ pub struct Config {
     pub kernel_tls: KernelTls,
     /// Bytes.
     pub kernel_tls_after: u64,
+    /// What the operator decided about paths; about the others the kernel decides.
+    pub features: Vec<Forced>,
 }
 
 /// Everything wrong with a configuration, together.
@@ -251,6 +257,7 @@ impl Options {
                 .map(|name| if name == "host" { String::new() } else { name }),
             kernel_tls: options.kernel_tls.unwrap_or_default(),
             kernel_tls_after: options.kernel_tls_after.unwrap_or(64 << 20),
+            features: options.feature,
         })
     }
 
@@ -286,6 +293,8 @@ impl Options {
             loopback_congestion: self.loopback_congestion.or(file.loopback_congestion),
             kernel_tls: self.kernel_tls.or(file.kernel_tls),
             kernel_tls_after: self.kernel_tls_after.or(file.kernel_tls_after),
+            // The last word on a feature counts.
+            feature: [file.feature, self.feature].concat(),
         }
     }
 }

@@ -11,6 +11,7 @@
 //! | room | takes → gives |
 //! |---|---|
 //! | [`capture`] | pods → captured streams; the only room that speaks to the kernel half |
+//! | [`features`] | a machine → what its kernel can do, and what the agent makes of it |
 //! | [`mesh`] | manifests, or a Kubernetes API server's objects → an immutable [`mesh::Mesh`] snapshot |
 //! | [`identity`] | SPIFFE ID → current certificate, key and trust bundle |
 //! | [`policy`] | (peer, workload, port) → [`policy::Authorized`] or a reason; pure |
@@ -33,6 +34,7 @@ pub mod connection;
 pub mod drain;
 pub mod enrolment;
 pub mod explain;
+pub mod features;
 pub mod identity;
 pub mod inspect;
 pub mod kubernetes;

@@ -37,6 +37,9 @@ enum Command {
     Policy(cli::policy::Args),
     /// Measure: a load client and its server
     Bench(cli::bench::Bench),
+    /// Find out what this kernel can do
+    #[command(subcommand)]
+    Lab(cli::lab::Lab),
 }
 
 fn main() -> ExitCode {
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Command::Verify(args) => return cli::verify::main(&args),
         Command::Policy(args) => cli::policy::main(args),
         Command::Bench(bench) => bench.run(),
+        Command::Lab(lab) => return cli::lab::main(&lab),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

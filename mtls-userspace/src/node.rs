@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use arc_swap::ArcSwap;
+use rustls::CipherSuite;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::capture::{self, Capture};
@@ -16,6 +17,7 @@ use crate::config::{Config, KernelTls};
 use crate::drain::Drain;
 use crate::enrolment::Enrolment;
 use crate::explain;
+use crate::features::{Choice, Chosen};
 use crate::identity::{self, Identities};
 use crate::inspect::Inspection;
 use crate::mesh::{self, Mesh};
@@ -35,12 +37,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     let source = mesh::Source::directory(config.manifests.clone(), settings).context("manifests")?;
     // Before the kernel half: an agent that cannot stay must not replace the programs of the one that runs.
     let admin = Admin::bind(Some(config.admin), Some(&config.admin_socket)).await.context("admin API")?;
+    let chosen = Chosen::at_start(&config.features)?;
+    tracing::info!("this kernel: {chosen}");
     let capture = Arc::new(
         Capture::start(capture::Config {
             cgroup_root: config.cgroup_root.clone(),
             bpffs: config.bpffs.clone(),
             workers: config.workers,
             congestion: config.loopback_congestion.clone(),
+            destroy: chosen.uses(Choice::SocketDestroy),
         })
         .context("kernel half")?,
     );
@@ -69,11 +74,13 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         inbox.clone(),
     );
     let watch = Arc::new(watch.context("kernel half")?);
-    let kernel = kernel_carries_records(config.kernel_tls).context("--kernel-tls on")?;
+    let kernel = kernel_carried(config.kernel_tls, &chosen)?;
+    let usual = tunnel::Config::default();
     let tunnel = Arc::new(tunnel::Config {
+        retransmit: usual.retransmit.filter(|_| chosen.uses(Choice::TcpRtoMax)),
+        raw_after: (!kernel.is_empty()).then_some(config.kernel_tls_after),
         kernel,
-        raw_after: kernel.then_some(config.kernel_tls_after),
-        ..tunnel::Config::default()
+        ..usual
     });
     let workers = (0..config.workers)
         .map(|index| {
@@ -111,6 +118,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     tokio::spawn(identities.clone().run(stopped()));
     let pods = Arc::new(ArcSwap::default());
     provide(&observer, &capture, &identities, &source, pods.clone());
+    observer.set_capabilities(chosen.rows());
     let (asked, counted) = (watch.clone(), watch.clone());
     observer.set_plaintext(Arc::new(move || asked.facts()), Arc::new(move || counted.counts()));
     observer.set_inspector(Arc::new(Inspection {
@@ -149,29 +157,31 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether long streams' records go to the kernel; says so once, with the reason.
-fn kernel_carries_records(wish: KernelTls) -> Result<bool, tunnel::NoKernelRecords> {
-    let judge = || {
-        let kernel = tunnel::KernelRecords::probe()?;
-        let costs = kernel.cost()?;
-        Ok((kernel, costs))
-    };
-    let (carries, why) = match (wish, judge()) {
-        (KernelTls::Off, _) => (false, "switched off".to_owned()),
-        (KernelTls::On, Err(error)) => return Err(error),
-        (KernelTls::Auto, Err(error)) => (false, error.to_string()),
-        (wish, Ok((records, (kernel, userspace)))) => {
-            let why = format!(
-                "a gigabyte costs {:.2} CPU seconds in the kernel, {:.2} in userspace; suites: {:?}",
-                kernel.as_secs_f64(),
-                userspace.as_secs_f64(),
-                records.suites
-            );
-            (wish == KernelTls::On || kernel <= userspace, why)
+/// The suites whose records go to the kernel on long streams; says so once, with the reason.
+fn kernel_carried(wish: KernelTls, chosen: &Chosen) -> anyhow::Result<Vec<CipherSuite>> {
+    let suites = [
+        (Choice::KtlsAes128Gcm, CipherSuite::TLS13_AES_128_GCM_SHA256),
+        (Choice::KtlsAes256Gcm, CipherSuite::TLS13_AES_256_GCM_SHA384),
+        (Choice::KtlsChacha20Poly1305, CipherSuite::TLS13_CHACHA20_POLY1305_SHA256),
+    ];
+    let works = suites.into_iter().filter(|(choice, _)| chosen.uses(*choice)).map(|(_, suite)| suite);
+    let works: Vec<CipherSuite> = works.collect();
+    let (carried, why) = match wish {
+        KernelTls::Off => (Vec::new(), "switched off".to_owned()),
+        KernelTls::On if works.is_empty() => {
+            anyhow::bail!("--kernel-tls on, but this kernel carries no TLS records: it {chosen}")
         }
+        KernelTls::On => (works, "switched on".to_owned()),
+        KernelTls::Auto if works.is_empty() => (works, "the kernel carries none".to_owned()),
+        KernelTls::Auto => match tunnel::RecordCost::measure() {
+            Ok(cost) if cost.kernel <= cost.userspace => (works, cost.to_string()),
+            Ok(cost) => (Vec::new(), cost.to_string()),
+            Err(error) => (Vec::new(), error.to_string()),
+        },
     };
-    tracing::info!(carrier = if carries { "kernel" } else { "userspace" }, %why, "records of long streams");
-    Ok(carries)
+    let carrier = if carried.is_empty() { "userspace" } else { "kernel" };
+    tracing::info!(carrier, %why, "records of long streams");
+    Ok(carried)
 }
 
 /// Follows the mesh and the certificates; the only place where enrolment changes.

@@ -4,6 +4,7 @@
 
 use std::io::Write;
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,12 +16,14 @@ use serde_json::{Value, json};
 /// A case and what holds if it passes, for a person; it returns what it saw.
 type Case = (&'static str, fn(&mut Scene) -> Result<String>);
 
-const CASES: [Case; 5] = [
+const CASES: [Case; 7] = [
     ("mutual TLS between two nodes", mutual_tls),
     ("original addresses at both ends", original_addresses),
     ("same node, authenticated", same_node),
     ("STRICT refuses plaintext", strict),
     ("a killed agent leaves STRICT in force, the next adopts it", adoption),
+    ("what the agent needs works, each part tried", features),
+    ("kernel TLS, or the reported fallback", kernel_tls),
 ];
 
 /// A server, an enrolled client far from it and one near, and somebody who is not in the mesh.
@@ -36,6 +39,7 @@ struct Scene {
 }
 
 pub fn run() -> ExitCode {
+    println!("{}", json!({ "kernel": kernel() }));
     let begun = Instant::now();
     let mut scene = match Scene::new() {
         Ok(scene) => scene,
@@ -44,7 +48,7 @@ pub fn run() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    say("the agents start", &Ok(kernel()), begun);
+    say("the agents start", &Ok("two nodes".into()), begun);
     let mut passed = true;
     for (name, case) in CASES {
         let begun = Instant::now();
@@ -99,6 +103,16 @@ impl Scene {
             from.name()
         );
         Ok(answer)
+    }
+
+    /// What `mtls lab features` says where the first node's agent runs.
+    fn examine(&self) -> Result<Value> {
+        let node = self.lab.node("node-a")?;
+        let mut command = node.command_in("agent", mtls_tests::mtls()?);
+        command.args(["lab", "features", "--output", "json", "--cgroup-root"]).arg(node.cgroup());
+        command.arg("--bpffs").arg(self.lab.dir().join("bpf/features"));
+        let finished = Running::start(command)?.finish()?.success()?;
+        serde_json::from_str(&finished.stdout).context("mtls lab features prints no JSON")
     }
 
     fn refuses(&self, from: &Pod) -> Result<Value> {
@@ -168,6 +182,59 @@ fn adoption(scene: &mut Scene) -> Result<String> {
     scene.echoes(&scene.far, scene.server.addr(7000))?;
     scene.refuses(&scene.stranger).context("after the next agent took over")?;
     Ok(format!("ready again in {ready} ms"))
+}
+
+/// `mtls lab features` in the agent's place; its findings stand on the console too, for the table of kernels.
+fn features(scene: &mut Scene) -> Result<String> {
+    let report = scene.examine()?;
+    let findings = report["features"].as_array().context("no features in the report")?;
+    ensure!(report["can_run"] == true, "the agent runs, but is told that it can't: {report}");
+    let required = findings.iter().filter(|finding| finding["required"] == true);
+    let mut count = 0;
+    for finding in required {
+        ensure!(finding["works"] == true, "{finding}");
+        count += 1;
+    }
+    let optional = findings.iter().filter(|finding| finding["required"] == false);
+    let optional: serde_json::Map<_, _> = optional
+        .filter_map(|finding| Some((finding["name"].as_str()?.to_owned(), finding["works"].clone())))
+        .collect();
+    println!("{}", json!({ "optional": optional }));
+    Ok(format!("{count} parts"))
+}
+
+/// What the product says about the kernel's TLS is what a socket of ours sees, and what the agent acts on.
+fn kernel_tls(scene: &mut Scene) -> Result<String> {
+    let has_tls = takes_tls()?;
+    let report = scene.examine()?;
+    let findings = report["features"].as_array().context("no features in the report")?;
+    let finding = findings.iter().find(|finding| finding["name"] == "ktls-aes-128-gcm");
+    let finding = finding.context("no finding on kernel TLS")?;
+    ensure!(finding["works"] == has_tls, "a socket says {has_tls}: {finding}");
+    let metrics = scene.mesh.agent("node-a").metrics()?;
+    let used = metrics.sum("mtls_capability", &[("feature", "ktls-aes-128-gcm")]);
+    ensure!(metrics.has("mtls_capability") && used == f64::from(u8::from(has_tls)), "the agent says {used}");
+    let said = match has_tls {
+        true => finding["seen"].as_str(),
+        false => {
+            let instead = finding["instead"].as_str().context("no fallback is named")?;
+            let log = scene.mesh.agent("node-a").log();
+            ensure!(log.contains("does without ktls-aes-128-gcm"), "the agent does not say so:\n{log}");
+            Some(instead)
+        }
+    };
+    Ok(format!("{}{}", if has_tls { "" } else { "none: " }, said.unwrap_or_default()))
+}
+
+/// Whether a connected socket can be given to the kernel's TLS.
+fn takes_tls() -> Result<bool> {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let socket = std::net::TcpStream::connect(listener.local_addr()?)?;
+    // SAFETY: the kernel reads three bytes.
+    let outcome = unsafe {
+        libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_ULP, c"tls".as_ptr().cast(), 3)
+    };
+    Ok(outcome == 0)
 }
 
 /// An address that an application printed, v4-mapped or not.

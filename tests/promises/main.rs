@@ -9,6 +9,7 @@ mod configuration;
 mod encrypted;
 mod endings;
 mod failures;
+mod features;
 mod identity;
 mod impostors;
 mod inspection;

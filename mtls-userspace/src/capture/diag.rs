@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::io::{self, Read};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -129,6 +129,18 @@ impl Diag {
 }
 
 impl Tcp {
+    /// A socket that is known by its addresses, IPv4 both.
+    pub fn between(local: SocketAddrV4, remote: SocketAddrV4) -> Self {
+        /// `INET_DIAG_NOCOOKIE`, twice.
+        const ANY: [u8; 8] = [0xff; 8];
+        let mut id = [0; ID];
+        let ports = [local.port(), remote.port()].map(u16::to_be_bytes).concat();
+        let (ips, none) = ([local.ip().octets(), remote.ip().octets()], [0; 12]);
+        let bytes = [&ports[..], &ips[0], &none, &ips[1], &none, &[0; 4], &ANY].concat();
+        id.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
+        Self { local: local.into(), remote: remote.into(), family: AF_INET, id }
+    }
+
     fn parse(payload: &[u8]) -> Option<Self> {
         let family = *payload.first()?;
         let id: [u8; ID] = payload.get(4..MESSAGE)?.try_into().ok()?;
@@ -189,6 +201,14 @@ mod tests {
                 let _ = (Tcp::parse(payload), error(payload));
             }
         }
+    }
+
+    #[test]
+    fn a_socket_known_by_its_addresses_is_the_one_that_is_listed() {
+        let (local, remote) = ("127.0.0.1:1".parse().unwrap(), "10.0.0.2:65535".parse().unwrap());
+        let known = Tcp::between(local, remote);
+        let listed = Tcp::parse(&[&[AF_INET, 1, 0, 0][..], &known.id].concat()).unwrap();
+        assert_eq!((listed.local, listed.remote), (local.into(), remote.into()));
     }
 
     #[test]

@@ -57,7 +57,7 @@ impl Capture {
         state.steer(netns.cookie(), &listeners)?;
         let row = Pod { workers: self.workers as u32, ..sources };
         state.control.pods.insert(netns.cookie(), row, 0).map_err(on(map::PODS, "writing"))?;
-        let pod = LocalPod { name: pod.name.into(), netns, flows: self.flows.clone() };
+        let pod = LocalPod { name: pod.name.into(), netns, flows: self.flows.clone(), destroy: self.destroy };
         Ok(Enrolled { pod: Arc::new(pod), listeners })
     }
 

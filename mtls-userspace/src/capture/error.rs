@@ -73,6 +73,11 @@ pub enum Error {
     Announce { pod: String, source: io::Error },
     #[error("a captured socket is gone")]
     Socket(#[from] io::Error),
+    #[error(
+        "plaintext to port {port} of pod {pod} was open before the port became STRICT and stays open: the feature \
+         socket-destroy does not work here or is switched off; end such connections yourself"
+    )]
+    PlaintextStays { pod: String, port: u16 },
     #[error("sock_diag in pod {pod}: {what}")]
     Diag { pod: String, what: &'static str, source: io::Error },
 }

@@ -52,6 +52,11 @@ impl Events {
         Self { ring, log, readiness: None }
     }
 
+    /// An event that is there already.
+    pub(super) fn take(&mut self) -> Option<Event> {
+        std::iter::from_fn(|| self.ring.next().map(|record| parse(&record))).flatten().next()
+    }
+
     /// The next event. Cancel safe.
     pub async fn next(&mut self) -> io::Result<Event> {
         let readiness = match &mut self.readiness {

@@ -6,15 +6,16 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
 use ipnet::IpNet;
-use mtls_common::{ListenerKey, ModeKey, OUTBOUND_PORT, TUNNEL_PORT, claim, listener, map, mode, program};
+use mtls_common::{ListenerKey, ModeKey, OUTBOUND_PORT, TUNNEL_PORT, claim, listener, map, mode};
 
 use super::address::{key4, key6, words};
 use super::error::Error;
+use super::kernel::HOOKS;
 use super::modes::KernelModes;
 use super::netns::Netns;
 use super::node::{Capture, on};
 use super::pod::LocalPod;
-use super::sys::{self, AttachType, LinkTarget};
+use super::sys::{self, LinkTarget};
 use crate::policy::PortModes;
 
 /// One thing that must hold for a pod to be protected.
@@ -33,15 +34,6 @@ pub struct Place<'a> {
     pub netns: Option<&'a Path>,
     pub cgroup: Option<&'a Path>,
 }
-
-/// The hooks that a captured connect needs.
-const HOOKS: [(&str, AttachType); 5] = [
-    (program::CONNECT4, AttachType::Connect4),
-    (program::CONNECT6, AttachType::Connect6),
-    (program::SOCK_OPS, AttachType::SockOps),
-    (program::GETPEERNAME4, AttachType::Getpeername4),
-    (program::GETPEERNAME6, AttachType::Getpeername6),
-];
 
 impl Capture {
     /// Whether the pod's connections to `to` are captured: all addresses of the destination pod that it can dial.

@@ -6,8 +6,8 @@ use std::hash::Hash;
 use std::os::fd::AsFd;
 
 use aya::maps::lpm_trie::LpmTrie;
-use aya::maps::{Array, HashMap, Map, MapData, MapInfo, PerCpuArray, RingBuf, SockHash};
-use aya::programs::{Program, ProgramFd};
+use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf, SockHash};
+use aya::programs::{Program, ProgramError, ProgramFd, loaded_programs};
 use aya::{Ebpf, EbpfLoader, Pod as Plain};
 use aya_log::EbpfLogger;
 use mtls_common::{Agent, Endpoint, Flow, ListenerKey, Local, ModeKey, Note, Pod, Settings, map, program};
@@ -54,24 +54,11 @@ pub(super) struct Loaded {
 
 /// Loads the programs against the pinned maps, making those that don't exist.
 pub(super) fn load(pins: &Pins) -> Result<Loaded, Error> {
-    if OBJECT.is_empty() {
-        return Err(Error::NoObject);
-    }
-    let mut loader = EbpfLoader::new();
-    for name in map::PINNED {
-        loader.map_pin_path(name, pins.map(name));
-    }
-    let mut ebpf = loader.load(OBJECT).map_err(|source| failed("the object and its maps", source))?;
+    let mut ebpf = open(pins)?;
     // Taken first and kept: closing the log's map would make loading the programs fail.
     let log = logger(&mut ebpf)?;
     for (name, program) in ebpf.programs_mut() {
-        let loaded = match program {
-            Program::CgroupSockAddr(program) => program.load(),
-            Program::SockOps(program) => program.load(),
-            Program::SkLookup(program) => program.load(),
-            _ => Ok(()),
-        };
-        loaded.map_err(|source| failed(&format!("program {name}"), source))?;
+        load_into_kernel(name, program)?;
     }
     let mut open = Open { ebpf: &mut ebpf, pins };
     let flows = Flows {
@@ -99,21 +86,74 @@ pub(super) fn load(pins: &Pins) -> Result<Loaded, Error> {
     Ok(Loaded { control, flows, events: Events::new(ring, log) })
 }
 
+/// Makes or adopts the maps; no program is loaded yet.
+pub(super) fn open(pins: &Pins) -> Result<Ebpf, Error> {
+    if OBJECT.is_empty() {
+        return Err(Error::NoObject);
+    }
+    let mut loader = EbpfLoader::new();
+    for name in map::PINNED {
+        loader.map_pin_path(name, pins.map(name));
+    }
+    loader.load(OBJECT).map_err(|source| failed("the object and its maps", source))
+}
+
+/// Loads one program of an opened object.
+pub(super) fn load_program(ebpf: &mut Ebpf, name: &str) -> Result<ProgramFd, Error> {
+    load_into_kernel(name, ebpf.program_mut(name).ok_or_else(|| absent(name))?)?;
+    program_fd(ebpf, name)
+}
+
+fn load_into_kernel(name: &str, program: &mut Program) -> Result<(), Error> {
+    let loaded = match program {
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::SockOps(program) => program.load(),
+        Program::SkLookup(program) => program.load(),
+        _ => Ok(()),
+    };
+    loaded.map_err(|source| failed(&format!("program {name}"), source))
+}
+
+/// The hooks at the cgroup, in the order in which they are attached: sock_ops before connect, and getpeername before
+/// both, so that a captured connection finds everything it needs in place.
+pub(super) const HOOKS: [(&str, AttachType); 5] = [
+    (program::GETPEERNAME4, AttachType::Getpeername4),
+    (program::GETPEERNAME6, AttachType::Getpeername6),
+    (program::SOCK_OPS, AttachType::SockOps),
+    (program::CONNECT4, AttachType::Connect4),
+    (program::CONNECT6, AttachType::Connect6),
+];
+
 /// Attaches the programs at the cgroup, or puts them behind the links of an earlier agent, of its pods' lookups too.
-///
-/// sock_ops before connect, and getpeername before both: a captured connection finds everything it needs in place.
 pub(super) fn attach(control: &Control, pins: &Pins, cgroup: &Cgroup) -> Result<(), Error> {
-    for (name, attach) in [
-        (program::GETPEERNAME4, AttachType::Getpeername4),
-        (program::GETPEERNAME6, AttachType::Getpeername6),
-        (program::SOCK_OPS, AttachType::SockOps),
-        (program::CONNECT4, AttachType::Connect4),
-        (program::CONNECT6, AttachType::Connect6),
-    ] {
+    for (name, attach) in HOOKS {
         let program = program_fd(&control.ebpf, name)?;
         pins.cgroup_link(name, program.as_fd(), attach, &cgroup.file, cgroup.id)?;
     }
     pins.replace_lookups(control.lookup.as_fd())
+}
+
+/// Names of all programs in the kernel, ours and others', by id.
+pub(super) fn program_names() -> std::collections::HashMap<u32, String> {
+    let loaded = loaded_programs().filter_map(Result::ok);
+    loaded.map(|program| (program.id(), program.name_as_str().unwrap_or_default().to_owned())).collect()
+}
+
+/// Whether it was this map that could not be made.
+pub(super) fn is_about_map(error: &(dyn std::error::Error + 'static), map: &str) -> bool {
+    matches!(error.downcast_ref(), Some(MapError::CreateError { name, .. }) if name == map)
+        || error.source().is_some_and(|cause| is_about_map(cause, map))
+}
+
+/// What the verifier had against a program: its last words, without its statistics and its trace.
+pub(super) fn verifier_line(error: &(dyn std::error::Error + 'static)) -> Option<String> {
+    let Some(ProgramError::LoadError { verifier_log, .. }) = error.downcast_ref() else {
+        return None;
+    };
+    let log = verifier_log.to_string();
+    let mut lines = log.lines().map(str::trim);
+    let said = lines.rfind(|line| !line.is_empty() && !line.starts_with("processed "))?;
+    Some(format!("the verifier: {said}"))
 }
 
 fn program_fd(ebpf: &Ebpf, name: &str) -> Result<ProgramFd, Error> {

@@ -20,6 +20,7 @@ mod node;
 mod pin;
 mod pod;
 mod preflight;
+pub mod probe;
 mod sys;
 
 use std::net::{IpAddr, TcpListener};
@@ -47,6 +48,8 @@ pub struct Config {
     /// Congestion control of connections over loopback. Absent: `cubic`, or `reno` where that is missing. Empty: the
     /// system's default.
     pub congestion: Option<String>,
+    /// Whether connections may be ended from outside; else those that would have to be are an error.
+    pub destroy: bool,
 }
 
 pub struct Enrolment<'a> {

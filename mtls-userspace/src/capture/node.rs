@@ -22,6 +22,7 @@ use super::{Config, netns, preflight};
 pub struct Capture {
     pub(super) pins: Pins,
     pub(super) workers: usize,
+    pub(super) destroy: bool,
     pub(super) host_netns: u64,
     /// Without symbolic links in it.
     pub(super) cgroup_root: PathBuf,
@@ -60,6 +61,7 @@ impl Capture {
         Ok(Self {
             pins,
             workers: config.workers.max(1),
+            destroy: config.destroy,
             host_netns,
             cgroup_root: cgroup.path,
             flows: Arc::new(flows),

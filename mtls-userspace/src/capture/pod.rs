@@ -21,6 +21,7 @@ pub struct LocalPod {
     pub(super) name: String,
     pub(super) netns: Netns,
     pub(super) flows: Arc<Flows>,
+    pub(super) destroy: bool,
 }
 
 impl LocalPod {
@@ -113,6 +114,9 @@ impl LocalPod {
         for socket in diag.connected().map_err(failed("listing connections"))? {
             let port = socket.local.port();
             if served.contains(&port) && ports(port) && self.is_plaintext(&socket) {
+                if !self.destroy {
+                    return Err(Error::PlaintextStays { pod: self.name.clone(), port });
+                }
                 let ended =
                     diag.destroy(&socket).map_err(failed("SOCK_DESTROY (needs CONFIG_INET_DIAG_DESTROY)"))?;
                 reset += usize::from(ended);

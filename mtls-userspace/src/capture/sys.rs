@@ -30,6 +30,7 @@ pub(super) enum LinkTarget {
     Other,
 }
 
+const BPF_MAP_CREATE: libc::c_int = 0;
 const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
 const BPF_OBJ_PIN: libc::c_int = 6;
 const BPF_OBJ_GET: libc::c_int = 7;
@@ -60,6 +61,21 @@ struct ObjectAttr {
     path: u64,
     fd: u32,
     flags: u32,
+}
+
+/// A map that is there to be pinned: one number by another.
+pub(super) fn create_hash() -> io::Result<OwnedFd> {
+    #[repr(C)]
+    struct CreateAttr {
+        kind: u32,
+        key_size: u32,
+        value_size: u32,
+        max_entries: u32,
+    }
+    const BPF_MAP_TYPE_HASH: u32 = 1;
+    let mut attr = CreateAttr { kind: BPF_MAP_TYPE_HASH, key_size: 4, value_size: 4, max_entries: 1 };
+    // SAFETY: numbers only.
+    unsafe { bpf(BPF_MAP_CREATE, &mut attr) }.map(owned)
 }
 
 pub(super) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {

@@ -9,6 +9,7 @@ pub mod bench;
 pub mod ca;
 pub mod certs;
 pub mod connections;
+pub mod lab;
 pub mod node;
 mod policies;
 pub mod policy;

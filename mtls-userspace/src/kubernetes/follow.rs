@@ -38,7 +38,9 @@ pub(crate) enum Change<K> {
 pub(crate) enum Trouble {
     #[error("the API server doesn't know {what}; their definitions (CRDs) are part of the installation")]
     Absent { what: &'static str },
-    #[error("the API server doesn't let us list and watch {what} ({message}); grant both verbs in the ClusterRole")]
+    #[error(
+        "the API server doesn't let us list and watch {what} ({message}); grant both verbs in the ClusterRole"
+    )]
     Forbidden { what: &'static str, message: String },
     #[error("{what} are not followed: {reason}")]
     Failed { what: &'static str, reason: String },
@@ -82,7 +84,9 @@ where
                 // Our place in the history is forgotten: ordinary, and the list that follows makes it good. When a
                 // watch can't even begin for it, the watcher would ask for the same place for ever.
                 Err(watcher::Error::WatchError(status)) if status.code == 410 => continue,
-                Err(watcher::Error::WatchStartFailed(kube::Error::Api(status))) if status.code == 410 => break,
+                Err(watcher::Error::WatchStartFailed(kube::Error::Api(status))) if status.code == 410 => {
+                    break;
+                }
                 Err(error) => {
                     failures += 1;
                     let trouble = Trouble::of(what, &error);

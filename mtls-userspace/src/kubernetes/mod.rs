@@ -51,8 +51,10 @@ impl Cluster {
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let mut config = match kubeconfig {
             Some(path) => {
-                let unusable =
-                    |error: kube::config::KubeconfigError| Error::Kubeconfig { path: path.into(), reason: chain(&error) };
+                let unusable = |error: kube::config::KubeconfigError| Error::Kubeconfig {
+                    path: path.into(),
+                    reason: chain(&error),
+                };
                 let file = Kubeconfig::read_from(path).map_err(unusable)?;
                 Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await.map_err(unusable)?
             }

@@ -41,14 +41,17 @@ impl Host {
     pub(super) fn read(node: &Node, interner: &mut Interner) -> Self {
         let label = |key| node.metadata.labels.as_ref().and_then(|labels| labels.get(key));
         let listed = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
-        let pod_ranges = node.spec.iter().flat_map(|spec| spec.pod_cidrs.iter().flatten().chain(&spec.pod_cidr));
+        let pod_ranges =
+            node.spec.iter().flat_map(|spec| spec.pod_cidrs.iter().flatten().chain(&spec.pod_cidr));
         let mut addresses: Vec<IpAddr> =
             listed.filter_map(|address| parse_address(&address.address).ok()).collect();
         // Bridges and tunnel devices of the node have the first addresses of its range of pods: what the node itself
         // dials into pods comes from there.
-        addresses.extend(pod_ranges.filter_map(|range| range.parse::<ipnet::IpNet>().ok()).flat_map(|range| {
-            [range.network(), next(range.network())]
-        }));
+        addresses.extend(
+            pod_ranges
+                .filter_map(|range| range.parse::<ipnet::IpNet>().ok())
+                .flat_map(|range| [range.network(), next(range.network())]),
+        );
         addresses.sort_unstable();
         addresses.dedup();
         Self {

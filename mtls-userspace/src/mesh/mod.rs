@@ -208,7 +208,8 @@ impl Mesh {
     /// What is behind a Service's address and port.
     pub fn served(&self, address: SocketAddr) -> Option<ServedPort> {
         let vip = self.services.vip(address)?;
-        let endpoint = |endpoint: &Endpoint| (endpoint.address, self.workload(endpoint.address.ip()).cloned());
+        let endpoint =
+            |endpoint: &Endpoint| (endpoint.address, self.workload(endpoint.address.ip()).cloned());
         let service = self.services.name(address.ip())?.clone();
         let endpoints = vip.endpoints().iter().filter(|it| self.is_known(it)).map(endpoint).collect();
         Some(ServedPort { service, address, endpoints, health: vip.health() })

@@ -239,13 +239,9 @@ fn workload(
     let service_account = named(spec.and_then(|s| s.service_account_name.as_ref()))
         .or_else(|| named(spec.and_then(|s| s.service_account.as_ref())))
         .unwrap_or("default");
-    let identity = interner
-        .identity(&settings.trust_domain, namespace(metadata), service_account)
-        .map_err(|problem| Error::Identity {
-            place: placed.place.clone(),
-            object: called("Pod", metadata),
-            problem,
-        })?;
+    let identity = interner.identity(&settings.trust_domain, namespace(metadata), service_account).map_err(
+        |problem| Error::Identity { place: placed.place.clone(), object: called("Pod", metadata), problem },
+    )?;
     let labels = interner.labels(metadata.labels.clone().unwrap_or_default());
     let name: Arc<str> = named(metadata.name.as_ref()).unwrap_or_default().into();
     let app = labels.get("app").or_else(|| labels.get("app.kubernetes.io/name"));

@@ -184,9 +184,7 @@ impl Front {
             let number = checked(port.port, "spec.ports.port")?;
             let target = match &port.target_port {
                 None => Target::Number(number),
-                Some(IntOrString::Int(number)) => {
-                    Target::Number(checked(*number, "spec.ports.targetPort")?)
-                }
+                Some(IntOrString::Int(number)) => Target::Number(checked(*number, "spec.ports.targetPort")?),
                 Some(IntOrString::String(name)) => Target::Named(name.as_str().into()),
             };
             ports.push(FrontPort { name: port.name.as_deref().unwrap_or_default().into(), number, target });
@@ -269,9 +267,7 @@ impl Front {
     fn with(&self, candidates: impl Fn(&FrontPort, IpAddr) -> Vec<Candidate>) -> Table {
         let vip = |port: &FrontPort, vip: IpAddr| Arc::new(Vip::new(self.locality, candidates(port, vip)));
         let ports = self.vips.iter().flat_map(|address| {
-            self.ports
-                .iter()
-                .map(move |port| (SocketAddr::new(*address, port.number), vip(port, *address)))
+            self.ports.iter().map(move |port| (SocketAddr::new(*address, port.number), vip(port, *address)))
         });
         Table { name: self.name.clone(), ports: ports.collect() }
     }

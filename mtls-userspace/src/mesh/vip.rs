@@ -113,11 +113,7 @@ impl Vip {
     }
 
     /// One of the endpoints that a client there may use and that are `usable`, each as likely as the others.
-    pub(super) fn choose(
-        &self,
-        from: Vantage<'_>,
-        usable: impl Fn(&Endpoint) -> bool,
-    ) -> Option<&Endpoint> {
+    pub(super) fn choose(&self, from: Vantage<'_>, usable: impl Fn(&Endpoint) -> bool) -> Option<&Endpoint> {
         let node = || self.among(self.by_node.get(from.node)?, &usable);
         let zone = || self.among(self.by_zone.get(from.zone?)?, &usable);
         let any = || pick(self.endpoints.len(), |at| self.endpoints.get(at).filter(|it| usable(it)));

@@ -206,6 +206,14 @@ impl Collector for Inner {
         let conditions = conditions
             .map(|(name, missing)| (vec![("condition", name.to_owned())], u64::from(missing.is_none())));
         out.gauges("mtls_agent_ready", "1 when the condition for being ready is met", conditions)?;
+        let capabilities = self.providers.capabilities().into_iter();
+        let capabilities =
+            capabilities.map(|(name, used)| (vec![("feature", name.to_owned())], u64::from(used)));
+        out.gauges(
+            "mtls_capability",
+            "1 when the agent makes use of what this kernel can do; 0 when it does without",
+            capabilities,
+        )?;
         let open = Direction::ALL.into_iter().flat_map(|direction| {
             Path::ALL.into_iter().map(move |path| {
                 let labels =

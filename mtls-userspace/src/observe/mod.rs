@@ -246,6 +246,11 @@ impl Observer {
         self.inner.providers.set_kernel_counters(ask);
     }
 
+    /// What the agent makes use of, of what it has a choice about.
+    pub fn set_capabilities(&self, rows: Vec<(&'static str, bool)>) {
+        self.inner.providers.set_capabilities(Arc::new(move || rows.clone()));
+    }
+
     /// Where it is asked who speaks plaintext to this node's pods, and, at scrape time, how many are remembered.
     pub fn set_plaintext(
         &self,

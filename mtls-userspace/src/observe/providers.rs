@@ -36,6 +36,7 @@ pub(super) struct Providers {
     pods: Source<Vec<PodRow>>,
     mesh: Source<MeshRow>,
     kernel_counters: Source<Vec<(&'static str, u64)>>,
+    capabilities: Source<Vec<(&'static str, bool)>>,
     conditions: Source<Judged>,
     plaintext: Source<plaintext::Facts>,
     plaintext_counts: Source<plaintext::Counts>,
@@ -57,6 +58,14 @@ impl Providers {
 
     pub fn set_kernel_counters(&self, ask: Ask<Vec<(&'static str, u64)>>) {
         self.kernel_counters.set(ask);
+    }
+
+    pub fn set_capabilities(&self, ask: Ask<Vec<(&'static str, bool)>>) {
+        self.capabilities.set(ask);
+    }
+
+    pub fn capabilities(&self) -> Vec<(&'static str, bool)> {
+        self.capabilities.ask().unwrap_or_default()
     }
 
     pub fn set_conditions(&self, ask: Ask<Judged>) {

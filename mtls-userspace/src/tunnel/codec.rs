@@ -171,6 +171,7 @@ impl Codec {
         config: &Config,
     ) -> Result<Self, Error> {
         let role = schedule.role();
+        let kernel = config.kernel.contains(&schedule.suite().suite());
         let order = if raw_agreed { Order::with_raw(role) } else { Order::new(role) };
         Ok(Self {
             sealer: Sealer::new(secrets.tx.0, &secrets.tx.1)?,
@@ -181,7 +182,7 @@ impl Codec {
             open: None,
             raw_owed: false,
             raw_after: config.raw_after.unwrap_or(u64::MAX),
-            kernel: config.kernel,
+            kernel,
             key_update_owed: false,
             key_updates: 0,
             rekey_after: config.rekey_after,

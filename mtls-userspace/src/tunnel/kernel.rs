@@ -1,8 +1,7 @@
 //! The kernel's record layer (kTLS): a direction's key and record counter in, and from then on the socket takes and
 //! gives plaintext while records travel.
 //!
-//! Set per direction and for good: a socket never comes back from it. [`KernelRecords::probe`] says what this kernel
-//! can do, by doing it. Never used on a socket that is in a sockmap: the two are not safe together, and the data path
+//! Set per direction and for good: a socket never comes back from it. Never used on a socket that is in a sockmap: the two are not safe together, and the data path
 //! has no sockmap.
 
 use std::io;
@@ -15,9 +14,9 @@ use zeroize::Zeroizing;
 
 use super::key::Key;
 
-mod probe;
+mod cost;
 
-pub use probe::{KernelRecords, NoKernelRecords};
+pub use cost::RecordCost;
 
 /// The largest `struct tls12_crypto_info_*` that is used: version, cipher, IV, key, salt, record counter.
 const INFO: usize = 2 + 2 + 8 + 32 + 4 + 8;

@@ -13,7 +13,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use rustls::AlertDescription;
+use rustls::{AlertDescription, CipherSuite};
 
 use crate::identity::SpiffeId;
 
@@ -40,7 +40,7 @@ pub use connector::{Connector, Target};
 pub use frame::{
     Frame, FrameError, MAX_DETAIL, MAX_OPEN, MAX_REJECT, MAX_TRACE, Open, RejectReason, Rejection,
 };
-pub use kernel::{KernelRecords, NoKernelRecords};
+pub use kernel::RecordCost;
 pub use order::{Order, Role};
 pub use record::{ContentType, Opener, RecordError, Sealer, whole_record};
 pub use stream::Stream;
@@ -73,8 +73,8 @@ pub struct Config {
     pub idle_client: Duration,
     pub idle_server: Duration,
     /// Longest wait between TCP retransmissions: fifteen of them without an answer end a tunnel to a dead peer, with
-    /// two seconds after about half a minute. Kernels before 6.15 wait longer.
-    pub retransmit: Duration,
+    /// two seconds after about half a minute. `None` leaves it to the kernel; those before 6.15 know nothing else.
+    pub retransmit: Option<Duration>,
     /// A tunnel's receive buffer, which bounds how far a writer runs ahead of a reader that sleeps; `None` leaves it
     /// to the kernel's tuning. 2 MiB are 16 Gbit/s at a millisecond's round trip.
     pub receive_buffer: Option<usize>,
@@ -85,8 +85,8 @@ pub struct Config {
     pub rekey_after: u64,
     /// Bytes moved on a stream after which this end makes it raw; `None` leaves that to the peer.
     pub raw_after: Option<u64>,
-    /// Hand raw streams' records to the kernel. Where that fails, userspace goes on.
-    pub kernel: bool,
+    /// Suites whose records are handed to the kernel on raw streams. Where that fails, userspace goes on.
+    pub kernel: Vec<CipherSuite>,
     /// What was built for each identity version.
     pub tls: TlsConfigs,
 }
@@ -98,13 +98,13 @@ impl Default for Config {
             handshake_timeout: Duration::from_secs(10),
             idle_client: Duration::from_secs(60),
             idle_server: Duration::from_secs(90),
-            retransmit: Duration::from_secs(2),
+            retransmit: Some(Duration::from_secs(2)),
             receive_buffer: Some(2 << 20),
             idle_per_destination: 64,
             idle_total: 1024,
             rekey_after: 1 << 22,
             raw_after: None,
-            kernel: false,
+            kernel: Vec::new(),
             tls: TlsConfigs::default(),
         }
     }

@@ -136,14 +136,16 @@ pub(crate) const UNSENT: u32 = 512 * 1024;
 /// reader that sleeps (`tcp_probe_timer`).
 pub(crate) fn prepare_tunnel(
     socket: &TcpStream,
-    retransmit: Duration,
+    retransmit: Option<Duration>,
     receive: Option<usize>,
 ) -> io::Result<()> {
     let socket = SockRef::from(socket);
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_notsent_lowat(UNSENT)?;
-    // Kernels before 6.15 have no such option and keep their longer waits.
-    let _ = set_rto_max(&socket, retransmit);
+    if let Some(longest) = retransmit {
+        // A kernel that has no such option keeps its longer waits.
+        let _ = set_rto_max(&socket, longest);
+    }
     if let Some(bytes) = receive {
         bound_receive(&socket, bytes)?;
     }

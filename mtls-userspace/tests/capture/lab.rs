@@ -95,6 +95,7 @@ impl Lab {
             bpffs: self.bpffs.path().into(),
             workers: 2,
             congestion: None,
+            destroy: true,
         }
     }
 

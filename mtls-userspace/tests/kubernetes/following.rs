@@ -80,7 +80,8 @@ async fn a_forgotten_history_is_made_good_by_another_list() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_list_that_outlives_the_history_begins_again() {
     let world = World::new();
-    let pods: Vec<_> = (0..300).map(|i| pod(&format!("pod-{i}"), &format!("10.0.{}.{}", i / 200, i % 200 + 1))).collect();
+    let pods: Vec<_> =
+        (0..300).map(|i| pod(&format!("pod-{i}"), &format!("10.0.{}.{}", i / 200, i % 200 + 1))).collect();
     world.api.apply_all(&pods).unwrap();
     let source = world.follow().await;
     // Every list from here on is in two pages, and the second is asked for in vain for a while.
@@ -158,7 +159,8 @@ async fn an_address_is_the_newer_pods_and_an_old_pods_end_does_not_take_it_away(
 #[tokio::test(flavor = "multi_thread")]
 async fn pods_have_several_addresses_or_their_nodes_and_say_nothing_of_where_they_live() {
     let world = World::new();
-    let both = with(pod("both", "10.0.0.1"), "/status/podIPs", json!([{ "ip": "10.0.0.1" }, { "ip": "fd00::1" }]));
+    let both =
+        with(pod("both", "10.0.0.1"), "/status/podIPs", json!([{ "ip": "10.0.0.1" }, { "ip": "fd00::1" }]));
     let host = with(pod("host", "192.0.2.1"), "/spec/hostNetwork", json!(true));
     let pending = with(pod("pending", "10.0.0.3"), "/status", json!({ "phase": "Pending" }));
     let annotations = json!({ "mtls.dev/netns": "/proc/1/ns/net", "mtls.dev/cgroup": "/sys/fs/cgroup" });
@@ -195,11 +197,15 @@ async fn without_a_permission_it_waits_for_it_and_names_it() {
     world.api.apply_all(&[namespace("shop", true), pod("a", "10.0.0.1")]).unwrap();
     let agent = world.access("system:serviceaccount:mtls-system:agent", agent_rules()).await;
     let source = Source::kubernetes(agent, settings(), Scope::Workloads).await;
-    world.api.rules("system:serviceaccount:mtls-system:agent", vec![Rule::new(&["list", "watch"], "namespaces")]);
+    world
+        .api
+        .rules("system:serviceaccount:mtls-system:agent", vec![Rule::new(&["list", "watch"], "namespaces")]);
     world.api.cut_connections();
     soon("the refusal", || source.last_error().is_some()).await;
     let error = source.last_error().unwrap();
-    for expected in ["list and watch pods", "cannot watch resource \"pods\"", "grant both verbs", "stays in force"] {
+    for expected in
+        ["list and watch pods", "cannot watch resource \"pods\"", "grant both verbs", "stays in force"]
+    {
         assert!(error.contains(expected), "{error}");
     }
     assert_eq!(owner(&source, "10.0.0.1"), Some(("shop/a".into(), true)));

@@ -36,14 +36,19 @@ fn mode(namespace: &str, mode: &str) -> Value {
 #[tokio::test(flavor = "multi_thread")]
 async fn the_last_good_version_of_a_policy_stays_and_everything_else_moves_on() {
     let world = World::new();
-    world.api.apply_all(&[namespace("shop", true), pod("a", "10.0.0.1"), mode("shop", "PERMISSIVE")]).unwrap();
+    world
+        .api
+        .apply_all(&[namespace("shop", true), pod("a", "10.0.0.1"), mode("shop", "PERMISSIVE")])
+        .unwrap();
     let source = world.follow().await;
     assert_eq!(mode_of(&source, "10.0.0.1"), Mode::Permissive);
     world.api.apply(&mode("shop", "STRIKT")).unwrap();
     soon("the error", || source.last_error().is_some()).await;
     let error = source.last_error().unwrap();
     assert!(
-        error.starts_with("the Kubernetes API: PeerAuthentication shop/default: field spec.mtls.mode: unknown variant"),
+        error.starts_with(
+            "the Kubernetes API: PeerAuthentication shop/default: field spec.mtls.mode: unknown variant"
+        ),
         "{error}"
     );
     assert_eq!(source.errors(), 1);
@@ -61,9 +66,19 @@ async fn the_last_good_version_of_a_policy_stays_and_everything_else_moves_on() 
 async fn a_policy_that_never_was_in_good_order_denies_until_it_is() {
     let world = World::new();
     let elsewhere = with(pod("c", "10.0.0.3"), "/metadata/namespace", json!("other"));
-    world.api.apply_all(&[namespace("shop", true), namespace("other", true), pod("a", "10.0.0.1"), pod("b", "10.0.0.2"), elsewhere]).unwrap();
+    world
+        .api
+        .apply_all(&[
+            namespace("shop", true),
+            namespace("other", true),
+            pod("a", "10.0.0.1"),
+            pod("b", "10.0.0.2"),
+            elsewhere,
+        ])
+        .unwrap();
     let only_a = json!({ "matchLabels": { "app": "a" } });
-    let misspelt = json!({ "selector": only_a, "rules": [{ "from": [{ "source": { "principal": ["x"] } }] }] });
+    let misspelt =
+        json!({ "selector": only_a, "rules": [{ "from": [{ "source": { "principal": ["x"] } }] }] });
     world.api.apply(&policy("AuthorizationPolicy", "shop", "p", misspelt)).unwrap();
     world.api.apply(&mode("other", "STRIKT")).unwrap();
     let source = world.follow().await;
@@ -71,10 +86,14 @@ async fn a_policy_that_never_was_in_good_order_denies_until_it_is() {
     assert_eq!(let_in(), [false, true, true]);
     assert_eq!(["10.0.0.1", "10.0.0.3"].map(|it| mode_of(&source, it)), [Mode::Permissive, Mode::Strict]);
     let error = source.last_error().unwrap();
-    assert!(error.contains("AuthorizationPolicy shop/p: field spec.rules[0].from[0].source.principal"), "{error}");
+    assert!(
+        error.contains("AuthorizationPolicy shop/p: field spec.rules[0].from[0].source.principal"),
+        "{error}"
+    );
     assert!(error.contains("PeerAuthentication other/default"), "{error}");
 
-    let right = json!({ "selector": only_a, "rules": [{ "from": [{ "source": { "namespaces": ["shop"] } }] }] });
+    let right =
+        json!({ "selector": only_a, "rules": [{ "from": [{ "source": { "namespaces": ["shop"] } }] }] });
     world.api.apply(&policy("AuthorizationPolicy", "shop", "p", right)).unwrap();
     world.api.apply(&mode("other", "PERMISSIVE")).unwrap();
     soon("the corrections", || source.last_error().is_none()).await;

@@ -32,9 +32,14 @@ fn web(spec: Value) -> Value {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_named_port_is_what_each_pod_calls_so() {
     let world = World::new();
-    let slices =
-        [slice("web-1", "web", 8080, &[("a", "10.0.0.1")]), slice("web-2", "web", 9090, &[("b", "10.0.0.2")])];
-    world.api.apply_all(&[namespace("shop", true), pod("a", "10.0.0.1"), pod("b", "10.0.0.2"), web(json!({}))]).unwrap();
+    let slices = [
+        slice("web-1", "web", 8080, &[("a", "10.0.0.1")]),
+        slice("web-2", "web", 9090, &[("b", "10.0.0.2")]),
+    ];
+    world
+        .api
+        .apply_all(&[namespace("shop", true), pod("a", "10.0.0.1"), pod("b", "10.0.0.2"), web(json!({}))])
+        .unwrap();
     world.api.apply_all(&slices).unwrap();
     let source = world.follow().await;
     assert_eq!(reached(&source, "10.96.0.1:80", "node-a"), set(&["a 10.0.0.1:8080", "b 10.0.0.2:9090"]));
@@ -65,8 +70,10 @@ async fn a_pod_that_only_its_slice_knows_is_not_dialled_in_plaintext() {
 #[tokio::test(flavor = "multi_thread")]
 async fn readiness_is_the_slices_unless_the_service_publishes_all() {
     let world = World::new();
-    let mut endpoints = slice("web-1", "web", 8080, &[("a", "10.0.0.1"), ("b", "10.0.0.2"), ("c", "10.0.0.3")]);
-    endpoints["endpoints"][0]["conditions"] = json!({ "ready": false, "serving": false, "terminating": false });
+    let mut endpoints =
+        slice("web-1", "web", 8080, &[("a", "10.0.0.1"), ("b", "10.0.0.2"), ("c", "10.0.0.3")]);
+    endpoints["endpoints"][0]["conditions"] =
+        json!({ "ready": false, "serving": false, "terminating": false });
     endpoints["endpoints"][1]["conditions"] = json!({ "ready": false, "serving": true, "terminating": true });
     let pods = ["a", "b", "c"].map(|name| pod(name, &format!("10.0.0.{}", name.as_bytes()[0] - b'a' + 1)));
     world.api.apply_all(&pods).unwrap();
@@ -88,7 +95,8 @@ async fn what_has_no_selector_is_what_its_slice_says_and_external_names_are_not_
     foreign["endpoints"][0]["targetRef"] = Value::Null;
     let db = service("db", json!({ "clusterIP": "10.96.0.2", "ports": [{ "port": 5432 }] }));
     let external = service("out", json!({ "type": "ExternalName", "externalName": "example.org" }));
-    let headless = service("none", json!({ "clusterIP": "None", "clusterIPs": ["None"], "ports": [{ "port": 80 }] }));
+    let headless =
+        service("none", json!({ "clusterIP": "None", "clusterIPs": ["None"], "ports": [{ "port": 80 }] }));
     let mut names = slice("names-1", "db", 5432, &[]);
     names["addressType"] = "FQDN".into();
     world.api.apply_all(&[namespace("shop", true), foreign, db, external, headless, names]).unwrap();
@@ -101,7 +109,8 @@ async fn what_has_no_selector_is_what_its_slice_says_and_external_names_are_not_
 #[tokio::test(flavor = "multi_thread")]
 async fn each_family_leads_to_its_own() {
     let world = World::new();
-    let both = with(pod("a", "10.0.0.1"), "/status/podIPs", json!([{ "ip": "10.0.0.1" }, { "ip": "fd00::1" }]));
+    let both =
+        with(pod("a", "10.0.0.1"), "/status/podIPs", json!([{ "ip": "10.0.0.1" }, { "ip": "fd00::1" }]));
     let four = slice("web-4", "web", 8080, &[("a", "10.0.0.1")]);
     let six = with(slice("web-6", "web", 8080, &[("a", "fd00::1")]), "/addressType", json!("IPv6"));
     let dual = web(json!({ "clusterIPs": ["10.96.0.1", "fd00:96::1"] }));
@@ -114,10 +123,11 @@ async fn each_family_leads_to_its_own() {
 #[tokio::test(flavor = "multi_thread")]
 async fn traffic_prefers_the_same_node_or_zone_where_the_service_says_so() {
     let world = World::new();
-    let node = |name: &str, zone: &str| {
-        json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": name, "labels": { "topology.kubernetes.io/zone": zone } } })
-    };
-    world.api.apply_all(&[node("node-a", "z1"), node("node-b", "z1"), node("node-c", "z2"), node("node-d", "z3")]).unwrap();
+    let node = |name: &str, zone: &str| json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": name, "labels": { "topology.kubernetes.io/zone": zone } } });
+    world
+        .api
+        .apply_all(&[node("node-a", "z1"), node("node-b", "z1"), node("node-c", "z2"), node("node-d", "z3")])
+        .unwrap();
     let pods = [("a", "10.0.0.1"), ("b", "10.0.0.2"), ("c", "10.0.0.3")];
     let mut endpoints = slice("web-1", "web", 80, &pods);
     for (at, (node, zone)) in [("node-a", "z1"), ("node-b", "z1"), ("node-c", "z2")].into_iter().enumerate() {
@@ -133,10 +143,14 @@ async fn traffic_prefers_the_same_node_or_zone_where_the_service_says_so() {
     };
     assert_eq!(["node-a", "node-c"].map(from), ["abc", "abc"]);
     world.api.apply(&web(json!({ "trafficDistribution": "PreferSameNode" }))).unwrap();
-    soon("the same node", || ["node-a", "node-b", "node-c", "node-d"].map(from) == ["a", "b", "c", "abc"]).await;
+    soon("the same node", || ["node-a", "node-b", "node-c", "node-d"].map(from) == ["a", "b", "c", "abc"])
+        .await;
     for name in ["PreferClose", "PreferSameZone"] {
         world.api.apply(&web(json!({ "trafficDistribution": name }))).unwrap();
-        soon("the same zone", || ["node-a", "node-b", "node-c", "node-d"].map(from) == ["ab", "ab", "c", "abc"]).await;
+        soon("the same zone", || {
+            ["node-a", "node-b", "node-c", "node-d"].map(from) == ["ab", "ab", "c", "abc"]
+        })
+        .await;
     }
     world.api.apply(&web(json!({ "internalTrafficPolicy": "Local" }))).unwrap();
     soon("this node only", || ["node-a", "node-d"].map(from) == ["a", "nowhere"]).await;
@@ -156,7 +170,14 @@ async fn an_address_goes_to_the_service_made_last() {
         with(object, "/metadata/creationTimestamp", json!(format!("2026-01-01T00:00:{second:02}Z")))
     };
     let named = |name: &str| with(web(json!({})), "/metadata/name", json!(name));
-    world.api.apply_all(&[namespace("shop", true), pod("a", "10.0.0.1"), slice("new-1", "new", 80, &[("a", "10.0.0.1")])]).unwrap();
+    world
+        .api
+        .apply_all(&[
+            namespace("shop", true),
+            pod("a", "10.0.0.1"),
+            slice("new-1", "new", 80, &[("a", "10.0.0.1")]),
+        ])
+        .unwrap();
     world.api.apply(&aged(named("old"), 1)).unwrap();
     let source = world.follow().await;
     assert_eq!(reached(&source, "10.96.0.1:80", "node-a"), set(&["nowhere"]));

@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::foreign::{self, ByHand, Manners, RAW, data, open_frame};
-use crate::raw::kernel;
+use crate::raw::{kernel, suites};
 use crate::resets::must_be_reset;
 use crate::world::{Agents, CLIENT, Ca, SERVER, eventually, soon};
 
@@ -32,7 +32,7 @@ async fn servers() -> Vec<(Agents, Arc<Identity>, bool)> {
         }
         let ca = Ca::new();
         let client = ca.identity(CLIENT);
-        let config = Config { kernel: in_kernel, ..Config::default() };
+        let config = Config { kernel: suites(in_kernel), ..Config::default() };
         let agents = Agents::start_with(client.clone(), ca.identity(SERVER), Config::default(), config).await;
         servers.push((agents, client, in_kernel));
     }
@@ -246,7 +246,7 @@ async fn frames_after_raw_are_bytes_and_raw_without_agreement_is_refused() {
 async fn a_peer_that_does_not_know_raw_never_hears_it() {
     let ca = Ca::new();
     let client = ca.identity(CLIENT);
-    let config = Config { raw_after: Some(0), kernel: true, ..Config::default() };
+    let config = Config { raw_after: Some(0), kernel: suites(true), ..Config::default() };
     let agents = Agents::start_with(client.clone(), ca.identity(SERVER), Config::default(), config).await;
     let mut tls = foreign::client(agents.inbound, &client, Manners::default()).await.unwrap();
     tls.write_all(&open_frame(agents.destination())).await.unwrap();

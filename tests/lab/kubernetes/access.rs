@@ -89,7 +89,8 @@ impl Access {
 
     /// The status of a TokenReview: a token counts if it is for one of the audiences asked about.
     pub(super) fn review(&self, spec: &Value) -> Value {
-        let asked: Vec<&str> = spec["audiences"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        let asked: Vec<&str> =
+            spec["audiences"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
         let default = || vec!["https://kubernetes.default.svc".to_owned()];
         let asked: Vec<String> =
             if asked.is_empty() { default() } else { asked.into_iter().map(str::to_owned).collect() };
@@ -99,7 +100,8 @@ impl Access {
         let of_token = if user.audiences.is_empty() { default() } else { user.audiences.clone() };
         let common: Vec<_> = of_token.into_iter().filter(|audience| asked.contains(audience)).collect();
         if common.is_empty() {
-            let error = format!("token audiences {:?} is invalid for the target audiences {asked:?}", user.audiences);
+            let error =
+                format!("token audiences {:?} is invalid for the target audiences {asked:?}", user.audiences);
             return json!({ "authenticated": false, "error": error, "user": {} });
         }
         let extra: serde_json::Map<String, Value> =

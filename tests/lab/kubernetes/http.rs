@@ -45,7 +45,8 @@ pub(super) async fn serve(listener: TcpListener, tls: TlsAcceptor, shared: Arc<S
                 let shared = answering.clone();
                 async move { Ok::<_, Infallible>(answer(request, shared).await) }
             });
-            let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
+            let connection =
+                hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service);
             tokio::select! {
                 _ = connection => {}
                 _ = cut.changed() => {}
@@ -191,7 +192,11 @@ fn list(target: &Target, query: &HashMap<String, String>, shared: &Shared) -> Re
     Ok(json_answer(StatusCode::OK, text))
 }
 
-fn watch(target: &Target, query: &HashMap<String, String>, shared: &Arc<Shared>) -> Result<Response<Body>, Value> {
+fn watch(
+    target: &Target,
+    query: &HashMap<String, String>,
+    shared: &Arc<Shared>,
+) -> Result<Response<Body>, Value> {
     let behaviour = *lock(&shared.behaviour);
     let number = |field: &str| query.get(field).and_then(|text| text.parse::<u64>().ok());
     let from = number("resourceVersion").filter(|version| *version > 0);
@@ -217,7 +222,13 @@ fn watch(target: &Target, query: &HashMap<String, String>, shared: &Arc<Shared>)
     Ok(answer)
 }
 
-fn one(verb: &str, target: &Target, body: &[u8], user: &User, shared: &Shared) -> Result<Response<Body>, Value> {
+fn one(
+    verb: &str,
+    target: &Target,
+    body: &[u8],
+    user: &User,
+    shared: &Shared,
+) -> Result<Response<Body>, Value> {
     let Target { kind, name, subresource, .. } = target;
     let parsed = || {
         serde_json::from_slice::<Value>(body)
@@ -235,7 +246,8 @@ fn one(verb: &str, target: &Target, body: &[u8], user: &User, shared: &Shared) -
             Refusal::NotFound => failure(404, "NotFound", &format!("{what} not found")),
             Refusal::AlreadyExists => failure(409, "AlreadyExists", &format!("{what} already exists")),
             Refusal::Conflict => {
-                let message = format!("Operation cannot be fulfilled on {what}: the object has been modified");
+                let message =
+                    format!("Operation cannot be fulfilled on {what}: the object has been modified");
                 failure(409, "Conflict", &message)
             }
         }
@@ -252,8 +264,12 @@ fn one(verb: &str, target: &Target, body: &[u8], user: &User, shared: &Shared) -
             }
             (StatusCode::CREATED, store.create(kind, object).map_err(refused)?)
         }
-        "update" => (StatusCode::OK, store.replace(kind, name, parsed()?, subresource.as_deref()).map_err(refused)?),
-        "patch" => (StatusCode::OK, store.merge(kind, name, &parsed()?, subresource.as_deref()).map_err(refused)?),
+        "update" => {
+            (StatusCode::OK, store.replace(kind, name, parsed()?, subresource.as_deref()).map_err(refused)?)
+        }
+        "patch" => {
+            (StatusCode::OK, store.merge(kind, name, &parsed()?, subresource.as_deref()).map_err(refused)?)
+        }
         _ => (StatusCode::OK, store.delete(kind, name).map_err(refused)?),
     };
     Ok(json_answer(code, rendered(&stored.json, kind, &target.api_version).into_owned()))
@@ -292,7 +308,8 @@ pub(super) fn rendered<'j>(json: &'j str, kind: &Kind, api_version: &str) -> Cow
     if kept == api_version {
         return json.into();
     }
-    json.replacen(&format!("\"apiVersion\":\"{kept}\""), &format!("\"apiVersion\":\"{api_version}\""), 1).into()
+    json.replacen(&format!("\"apiVersion\":\"{kept}\""), &format!("\"apiVersion\":\"{api_version}\""), 1)
+        .into()
 }
 
 pub(super) fn gone(message: &str) -> Value {
@@ -329,7 +346,8 @@ fn decoded(text: &str) -> String {
             b'+' => bytes.push(b' '),
             b'%' => {
                 let digits: Vec<u8> = rest.by_ref().take(2).collect();
-                let number = std::str::from_utf8(&digits).ok().and_then(|hex| u8::from_str_radix(hex, 16).ok());
+                let number =
+                    std::str::from_utf8(&digits).ok().and_then(|hex| u8::from_str_radix(hex, 16).ok());
                 bytes.extend(number);
             }
             byte => bytes.push(byte),

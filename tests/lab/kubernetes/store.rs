@@ -153,7 +153,9 @@ impl Store {
     pub(super) fn create(&mut self, kind: &'static Kind, mut object: Value) -> Result<Arc<Stored>, Refusal> {
         self.names += 1;
         let metadata = metadata(&mut object);
-        if let (None, Some(prefix)) = (metadata.get("name"), metadata.get("generateName").and_then(Value::as_str)) {
+        if let (None, Some(prefix)) =
+            (metadata.get("name"), metadata.get("generateName").and_then(Value::as_str))
+        {
             let name = format!("{prefix}{:05x}", self.names);
             metadata.insert("name".into(), name.into());
         }
@@ -209,12 +211,23 @@ impl Store {
         self.revision += 1;
         let mut last = before.object.clone();
         last["metadata"]["resourceVersion"] = self.revision.to_string().into();
-        let last = Arc::new(Stored { json: last.to_string(), object: last, revision: self.revision, ..Stored::copy(&before) });
+        let last = Arc::new(Stored {
+            json: last.to_string(),
+            object: last,
+            revision: self.revision,
+            ..Stored::copy(&before)
+        });
         self.note(kind, Change { revision: self.revision, before: Some(last.clone()), after: None });
         Ok(last)
     }
 
-    fn put(&mut self, kind: &'static Kind, name: Name, mut object: Value, before: Option<Arc<Stored>>) -> Arc<Stored> {
+    fn put(
+        &mut self,
+        kind: &'static Kind,
+        name: Name,
+        mut object: Value,
+        before: Option<Arc<Stored>>,
+    ) -> Arc<Stored> {
         self.revision += 1;
         object["apiVersion"] = kind.api_version().into();
         object["kind"] = kind.kind.into();
@@ -232,8 +245,12 @@ impl Store {
         if kind.namespaced {
             metadata.insert("namespace".into(), name.0.clone().into());
         }
-        let stored =
-            Arc::new(Stored { name: name.clone(), revision: self.revision, json: object.to_string(), object });
+        let stored = Arc::new(Stored {
+            name: name.clone(),
+            revision: self.revision,
+            json: object.to_string(),
+            object,
+        });
         self.objects.entry(kind.plural).or_default().insert(name, stored.clone());
         self.note(kind, Change { revision: self.revision, before, after: Some(stored.clone()) });
         stored

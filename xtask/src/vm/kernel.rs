@@ -1,5 +1,6 @@
 //! Kernels: a name in, an image and its modules out, taken from Debian's packages without installing them.
 
+use std::env;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -48,6 +49,27 @@ impl Kernel {
             Self::Debian12 => debian("linux-image-cloud-amd64")?,
             Self::Debian13 => debian("linux-image-6.12-cloud-amd64")?,
         }))
+    }
+}
+
+impl Kernel {
+    /// Where it comes from, for a table.
+    pub fn origin(self) -> &'static str {
+        match self {
+            Self::Debian12 => "Debian 12 cloud",
+            Self::Debian13 => "Debian 13 cloud",
+            Self::Uml => "User-mode Linux",
+            Self::Running => "not Debian's",
+        }
+    }
+
+    /// Why it can't be had on this machine, if so.
+    pub fn obstacle(self) -> Option<String> {
+        match self {
+            Self::Running => None,
+            _ if env::consts::ARCH != "x86_64" => Some(format!("no {self} for {}", env::consts::ARCH)),
+            _ => setup::require_debian(&self.to_string()).err().map(|error| error.to_string()),
+        }
     }
 }
 

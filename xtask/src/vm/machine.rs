@@ -21,28 +21,33 @@ use crate::call;
 const VERDICT: &str = "guest: exit ";
 const MEMORY: &str = "1024M";
 
-/// Boots, prints the console, and returns the exit status of what ran in the machine.
-pub fn boot(image: &Image, initramfs: &Path, limit: Duration) -> Result<i32> {
+/// Boots, hands over the console's lines, and returns the exit status of what ran in the machine.
+pub fn boot(image: &Image, initramfs: &Path, limit: Duration, see: &mut dyn FnMut(&str)) -> Result<i32> {
     let mut machine =
         Machine::start(if image.is_program { uml(image, initramfs)? } else { qemu(image, initramfs) })?;
     let mut verdict = None;
     machine.lines(limit, |line| match line.strip_prefix(VERDICT) {
         Some(status) => verdict = status.parse().ok(),
         // After that only the kernel speaks, of its own end.
-        None if verdict.is_none() => println!("   {line}"),
+        None if verdict.is_none() => see(line),
         None => {}
     })?;
     verdict.context("the machine stopped without a verdict")
 }
 
 /// Runs the command on the kernel that runs already.
-pub fn here(command: &[String], programs: &[PathBuf], limit: Duration) -> Result<i32> {
+pub fn here(
+    command: &[String],
+    programs: &[PathBuf],
+    limit: Duration,
+    see: &mut dyn FnMut(&str),
+) -> Result<i32> {
     let (program, args) = command.split_first().context("no command")?;
     let name = Path::new(program).file_name();
     let path = programs.iter().find(|path| path.file_name() == name).context("no such program")?;
     let mut command = Command::new(path);
     let mut machine = Machine::start(std::mem::replace(command.args(args), Command::new("")))?;
-    machine.lines(limit, |line| println!("   {line}"))?;
+    machine.lines(limit, see)?;
     Ok(machine.0.wait()?.code().unwrap_or(255))
 }
 

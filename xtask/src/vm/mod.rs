@@ -8,6 +8,8 @@ mod kernel;
 mod machine;
 mod modules;
 mod program;
+mod table;
+mod verdict;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,6 +19,7 @@ use anyhow::{Context, Result, ensure};
 use crate::step;
 use initramfs::Initramfs;
 use kernel::Kernel;
+use verdict::Seen;
 
 #[derive(clap::Args)]
 pub struct Vm {
@@ -33,6 +36,9 @@ pub struct Vm {
     /// Seconds until a machine that has said nothing final is taken for hung.
     #[arg(long, default_value_t = 300)]
     limit: u64,
+    /// Write what was seen into the README's table of kernels.
+    #[arg(long, conflicts_with = "run")]
+    table: bool,
     /// Arguments of `--run`.
     #[arg(last = true, requires = "run")]
     args: Vec<String>,
@@ -51,23 +57,42 @@ impl Vm {
         };
         let mut programs = program::build()?;
         programs.extend(files);
-        let mut failed = Vec::new();
+        let (mut failed, mut table) = (Vec::new(), Vec::new());
         for kernel in kernels {
             step(&format!("kernel {kernel}"));
-            match run(kernel, &command, &programs, Duration::from_secs(self.limit)) {
+            let mut seen = Seen::default();
+            let limit = Duration::from_secs(self.limit);
+            match run(kernel, &command, &programs, limit, &mut |line| println!("   {}", seen.note(line))) {
                 Ok(0) => {}
                 Ok(status) => failed.push(format!("{kernel}: exit status {status}")),
                 Err(error) => failed.push(format!("{kernel}: {error:#}")),
             }
+            table.push((kernel, seen));
         }
         ensure!(failed.is_empty(), "{}", failed.join("\n"));
-        Ok(())
+        if self.table { table::write(&table) } else { Ok(()) }
     }
 }
 
-/// Runs a command on a kernel and returns its exit status; what it prints is printed.
-fn run(kernel: Kernel, command: &[String], programs: &[PathBuf], limit: Duration) -> Result<i32> {
-    let Some(image) = kernel.image()? else { return machine::here(command, programs, limit) };
+/// The kernel of the matrix that every check runs on, for it boots in two seconds. Returns why not, where it can't be had.
+pub fn check() -> Result<Option<String>> {
+    let obstacle = Kernel::Uml.obstacle();
+    if obstacle.is_none() {
+        let (kernels, run, add, args) = (vec![Kernel::Uml], None, Vec::new(), Vec::new());
+        Vm { kernels, run, add, args, limit: 300, table: false }.run()?;
+    }
+    Ok(obstacle)
+}
+
+/// Runs a command on a kernel and returns its exit status; what it prints is handed over.
+fn run(
+    kernel: Kernel,
+    command: &[String],
+    programs: &[PathBuf],
+    limit: Duration,
+    see: &mut dyn FnMut(&str),
+) -> Result<i32> {
+    let Some(image) = kernel.image()? else { return machine::here(command, programs, limit, see) };
     let mut initramfs = Initramfs::default();
     for program in programs {
         initramfs.program(program)?;
@@ -83,7 +108,7 @@ fn run(kernel: Kernel, command: &[String], programs: &[PathBuf], limit: Duration
     }
     let path = dir().join(format!("{kernel}.cpio"));
     initramfs.write(&path)?;
-    machine::boot(&image, &path, limit)
+    machine::boot(&image, &path, limit, see)
 }
 
 /// Where everything of this command is kept.

@@ -61,7 +61,10 @@ impl<T> Kept<T> {
     pub(super) fn end(&mut self) -> Vec<(Key, T)> {
         self.complete = true;
         let unseen = self.unseen.take().unwrap_or_default();
-        unseen.into_iter().filter_map(|key| self.objects.remove(&key).map(|(_, value)| (key, value))).collect()
+        unseen
+            .into_iter()
+            .filter_map(|key| self.objects.remove(&key).map(|(_, value)| (key, value)))
+            .collect()
     }
 
     /// Notes that an object is there, whatever it is now. Its last good version stays only if it is the same object.

@@ -287,7 +287,8 @@ impl Follower {
     /// Says what is wrong: in the log once, and to those who ask for as long as it is.
     fn report(&mut self, shared: &Shared) {
         let faults = self.state.faults();
-        let new: Vec<_> = faults.iter().filter(|(object, it)| self.known_faults.get(*object) != Some(it)).collect();
+        let new: Vec<_> =
+            faults.iter().filter(|(object, it)| self.known_faults.get(*object) != Some(it)).collect();
         for (_, fault) in &new {
             tracing::error!(error = %fault, "an object is refused; its last good version, or something stricter, stays");
             shared.count_error();

@@ -30,12 +30,12 @@ pub(super) fn authorization_policy(
     object: &DynamicObject,
     place: &Place,
 ) -> Result<AuthorizationPolicy, Box<Refused<AuthorizationPolicy>>> {
-    let deny =
-        |selector: Option<&Value>| json!({ "selector": selector, "action": "DENY", "rules": [{}] });
+    let deny = |selector: Option<&Value>| json!({ "selector": selector, "action": "DENY", "rules": [{}] });
     checked("AuthorizationPolicy", object, place, |spec| {
         let filled = |field| spec.get(field).is_some_and(|value| !value.is_null() && *value != json!([]));
         // AUDIT lets everything through, and what is attached to a gateway is not about pods.
-        let is_harmless = spec.get("action") == Some(&json!("AUDIT")) || filled("targetRef") || filled("targetRefs");
+        let is_harmless =
+            spec.get("action") == Some(&json!("AUDIT")) || filled("targetRef") || filled("targetRefs");
         (!is_harmless).then_some(&deny as &dyn Fn(Option<&Value>) -> Value)
     })
 }
@@ -109,7 +109,10 @@ mod tests {
         let written = object(json!({ "selector": selector, "mtls": { "mode": "STRIKT" } }));
         let refused = peer_authentication(&written, &place()).err().unwrap();
         let error = refused.error.to_string();
-        assert!(error.starts_with("the Kubernetes API: PeerAuthentication shop/p: field spec.mtls.mode: "), "{error}");
+        assert!(
+            error.starts_with("the Kubernetes API: PeerAuthentication shop/p: field spec.mtls.mode: "),
+            "{error}"
+        );
         let instead = refused.instead.unwrap();
         assert_eq!(instead.spec.mode, Some(crate::policy::Mode::Strict));
         assert_eq!(instead.spec.selector.unwrap().labels().collect::<Vec<_>>(), [("app", "db")]);
@@ -122,7 +125,8 @@ mod tests {
     #[test]
     fn a_policy_that_might_deny_denies_and_one_that_never_does_does_not() {
         let instead = |spec| authorization_policy(&object(spec), &place()).err().unwrap().instead;
-        let custom = instead(json!({ "action": "CUSTOM", "provider": { "name": "p" }, "rules": [{}] })).unwrap();
+        let custom =
+            instead(json!({ "action": "CUSTOM", "provider": { "name": "p" }, "rules": [{}] })).unwrap();
         assert_eq!((custom.spec.action, custom.spec.rules.len()), (crate::policy::Action::Deny, 1));
         assert!(instead(json!({ "action": "AUDIT", "rules": [{}] })).is_none());
         assert!(instead(json!({ "targetRefs": [{}], "rules": [{ "form": [] }] })).is_none());

@@ -16,7 +16,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::DynamicObject;
 
-use super::kept::{Key, Kept, Uid};
+use super::kept::{Kept, Key, Uid};
 use super::policies::{self, Refused};
 use crate::mesh::hosts::{Host, Hosts};
 use crate::mesh::interner::Interner;
@@ -467,10 +467,9 @@ impl State {
 
     fn services_anew(&mut self, names: HashSet<Arc<str>>) {
         for name in names {
-            let key = name.split_once('/').map(|(namespace, name)| Key {
-                namespace: self.interner.text(namespace),
-                name: name.into(),
-            });
+            let key = name
+                .split_once('/')
+                .map(|(namespace, name)| Key { namespace: self.interner.text(namespace), name: name.into() });
             let front = key.and_then(|key| self.services.get(&key)).map(|(_, front)| front);
             match front {
                 Some(front) => {
@@ -483,9 +482,10 @@ impl State {
         }
         let mut services = Services::default();
         let mut owners: HashMap<IpAddr, (&Option<Timestamp>, &Arc<str>)> = HashMap::new();
-        let tabled = self.services.values().filter_map(|(created, front)| {
-            self.tables.get(&front.name).map(|table| (created, front, table))
-        });
+        let tabled = self
+            .services
+            .values()
+            .filter_map(|(created, front)| self.tables.get(&front.name).map(|table| (created, front, table)));
         for (created, front, table) in tabled {
             for vip in &front.vips {
                 // A Service made anew may have the address of one whose end we have not heard of yet.
