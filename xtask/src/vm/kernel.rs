@@ -59,7 +59,7 @@ impl Kernel {
             Self::Debian12 => "Debian 12 cloud",
             Self::Debian13 => "Debian 13 cloud",
             Self::Uml => "User-mode Linux",
-            Self::Running => "not Debian's",
+            Self::Running => "a virtual machine's own",
         }
     }
 

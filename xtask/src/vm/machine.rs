@@ -19,7 +19,7 @@ use super::kernel::Image;
 use crate::call;
 
 const VERDICT: &str = "guest: exit ";
-const MEMORY: &str = "1024M";
+const MEMORY: &str = "768M";
 
 /// Boots, hands over the console's lines, and returns the exit status of what ran in the machine.
 pub fn boot(image: &Image, initramfs: &Path, limit: Duration, see: &mut dyn FnMut(&str)) -> Result<i32> {
@@ -72,6 +72,8 @@ fn uml(image: &Image, initramfs: &Path) -> Result<Command> {
     command.args(["con0=null,fd:1", "con=null", "rdinit=/init", "loglevel=1", "panic=-1"]);
     command.arg(format!("uml_dir={}", dir().join("uml").display()));
     command.env("LD_PRELOAD", registers);
+    // Where it keeps its memory: a container's /dev/shm may be too small for that.
+    command.env("TMPDIR", dir());
     // What it tells of the host before it has a console.
     command.stderr(File::create(dir().join("uml.log")).context("make uml.log")?);
     Ok(command)

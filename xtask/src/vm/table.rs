@@ -29,7 +29,9 @@ fn replaced(text: &str, table: &str) -> Result<String> {
 fn table(seen: &[(Kernel, Seen)]) -> String {
     let mut text = String::from("| |");
     for (kernel, seen) in seen {
-        text += &format!(" {}, {} |", seen.release, kernel.origin());
+        // What follows the version number says how it was packed.
+        let version = seen.release.split(['-', '+']).next().unwrap_or_default();
+        text += &format!(" {version}, {} |", kernel.origin());
     }
     text += &format!("\n|---|{}\n", "---|".repeat(seen.len()));
     let mut rows: Vec<&str> = Vec::new();
