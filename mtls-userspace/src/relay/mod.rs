@@ -15,6 +15,7 @@ mod plain;
 mod tunnelled;
 mod watch;
 
+pub(crate) use pipe::Pipe;
 pub use plain::plain;
 pub use tunnelled::tunnelled;
 

@@ -14,7 +14,7 @@ const PAGE: usize = 4096;
 /// (`tls_sw_splice_read`), so a record is taken out only while this many are free.
 const PLACES_PER_RECORD: usize = 46;
 
-pub(super) struct Pipe {
+pub(crate) struct Pipe {
     read: OwnedFd,
     write: OwnedFd,
     /// Records that may be taken into the empty pipe.
