@@ -64,7 +64,9 @@ pub(super) fn idle(carrier: &Carrier, count: usize) -> Result<Measured> {
     command.stdin(Stdio::piped());
     let mut holder = Process::start_with(command, Stdio::piped())?;
     let mut said = String::new();
-    BufReader::new(holder.child().stdout.take().context("no output")?).read_line(&mut said)?;
+    // Kept to the end: it still has a report to write.
+    let mut lines = BufReader::new(holder.child().stdout.take().context("no output")?);
+    lines.read_line(&mut said)?;
     if !said.contains("open") {
         holder.finish(Duration::from_secs(5)).context("idle connections don't open")?;
     }
