@@ -7,10 +7,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     Ok(())
 }
 
-/// Compiles the certificate API without `protoc`.
+/// Compiles the certificate and trust APIs without `protoc`.
 fn protobuf() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
-    let descriptors = protox::compile(["proto/ca.proto"], ["proto"])?;
+    let descriptors = protox::compile(["proto/ca.proto", "proto/trust.proto"], ["proto"])?;
     tonic_prost_build::configure().build_transport(false).compile_fds(descriptors)?;
     Ok(())
 }

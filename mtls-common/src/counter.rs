@@ -48,4 +48,12 @@ counters! {
     Unnamed = "unnamed",
     /// Events that found the ring buffer full.
     LostEvents = "lost_events",
+    /// Connects let through to a pod of the same node by a grant.
+    Direct = "direct",
+    /// Direct connections that the destination's pod let in.
+    DirectAccepted = "direct_accepted",
+    /// Direct connections refused because their grant was gone, or their record found no room.
+    DirectRefused = "direct_refused",
+    /// Ends of direct connections that found their ring buffer full.
+    LostEndings = "lost_endings",
 }

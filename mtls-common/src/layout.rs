@@ -2,7 +2,7 @@
 
 /// An address and port.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 pub struct Endpoint {
     pub addr_be: [u32; 4],
     pub port: u16,
@@ -27,7 +27,7 @@ pub struct Flow {
 pub struct Note {
     /// One of `note::*`.
     pub kind: u32,
-    /// Captured: the original destination. Delivered and served: the original source. Trusted: unused.
+    /// Captured and direct: the original destination. Delivered and served: the original source. Otherwise unused.
     pub peer: Endpoint,
 }
 
@@ -40,6 +40,10 @@ pub mod note {
     pub const DELIVERED: u32 = 3;
     /// The serving application's accepted socket, opposite to a delivered one.
     pub const SERVED: u32 = 4;
+    /// A pod's client socket that dials another pod of the node past the agent.
+    pub const DIRECT: u32 = 5;
+    /// The serving application's accepted socket, opposite to a direct one.
+    pub const DIRECT_SERVED: u32 = 6;
 }
 
 /// An enrolled pod whose connects are captured. Keyed by netns cookie.
@@ -144,6 +148,89 @@ pub mod event {
     pub const PLAINTEXT_REFUSED: u32 = 2;
 }
 
+/// A pod, and an address that it dials: one granted to it, or a Service's to choose an endpoint for.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub struct GrantKey {
+    /// The dialling pod.
+    pub netns: u64,
+    pub to: Endpoint,
+    pub pad: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Grant {
+    /// Of the agent that gave it; without that agent's lease it is void.
+    pub epoch: u64,
+    /// The pod that must have the address.
+    pub server: u64,
+}
+
+/// As many endpoints of a Service are chosen from in the kernel.
+pub const CHOICES_MAX: usize = 8;
+
+/// All endpoints that connections to a Service's address may go to.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Choice {
+    /// As a grant's.
+    pub epoch: u64,
+    pub count: u32,
+    pub endpoints: [Endpoint; CHOICES_MAX],
+    pub pad: u32,
+}
+
+/// An agent that is there to take grants back.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Lease {
+    /// When the agent started, on the monotonic clock; zero before the first.
+    pub epoch: u64,
+    /// On the monotonic clock.
+    pub until_ns: u64,
+}
+
+/// A connection between two pods of this node that no agent carries. Keyed by its flow, node-global.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Direct {
+    /// Netns cookies.
+    pub client: u64,
+    pub server: u64,
+    /// When it was dialled, on the monotonic clock.
+    pub since_ns: u64,
+    /// Application bytes the server's kernel acknowledged; known once the client's socket is closed.
+    pub sent: u64,
+    /// Application bytes the client's kernel acknowledged; known once the server's socket is closed.
+    pub received: u64,
+    /// What the application dialled.
+    pub dialled: Endpoint,
+    /// Not zero: the destination's pod answers with RST.
+    pub refused: u32,
+    /// Not zero: the handshake is over, and nobody else is let in by this record.
+    pub accepted: u32,
+    /// TCP state that each socket was closed in; zero while it is open.
+    pub client_end: u32,
+    pub server_end: u32,
+    pub pad: u32,
+}
+
+/// `Direct::server_end` of a server's socket whose end will not be seen.
+pub const UNSEEN_END: u32 = 255;
+
+/// A direct connection that is over.
+#[repr(C)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Ended {
+    pub time_ns: u64,
+    pub flow: Flow,
+    pub direct: Direct,
+    /// Not zero: the client's socket was the last to be closed.
+    pub client_last: u32,
+    pub pad: u32,
+}
+
 macro_rules! layouts {
     ($($layout:ty = $size:literal),* $(,)?) => {$(
         const _: () = assert!(core::mem::size_of::<$layout>() == $size);
@@ -164,4 +251,10 @@ layouts! {
     Agent = 16,
     Settings = 24,
     Event = 56,
+    GrantKey = 32,
+    Grant = 16,
+    Choice = 176,
+    Lease = 16,
+    Direct = 80,
+    Ended = 144,
 }

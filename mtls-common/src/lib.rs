@@ -11,7 +11,7 @@ pub mod layout;
 pub use layout::*;
 
 /// Names the directory of pinned maps and links. Raise it with every change of a layout or of a pinned map.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// Where a captured connection of the pod's own application arrives.
 pub const OUTBOUND_PORT: u16 = 15001;
@@ -28,9 +28,13 @@ pub mod map {
     pub const AGENTS: &str = "AGENTS";
     pub const CAPTURED4: &str = "CAPTURED4";
     pub const CAPTURED6: &str = "CAPTURED6";
+    pub const CHOICES: &str = "CHOICES";
     pub const COUNTERS: &str = "COUNTERS";
     pub const DELIVERED: &str = "DELIVERED";
+    pub const DIRECT: &str = "DIRECT";
+    pub const GRANTS: &str = "GRANTS";
     pub const HELLO: &str = "HELLO";
+    pub const LEASE: &str = "LEASE";
     pub const LISTENERS: &str = "LISTENERS";
     pub const LOCAL: &str = "LOCAL";
     pub const MODES: &str = "MODES";
@@ -43,14 +47,20 @@ pub mod map {
 
     /// Not pinned: each agent reads the events of its own programs.
     pub const EVENTS: &str = "EVENTS";
+    /// Not pinned: as the events.
+    pub const ENDINGS: &str = "ENDINGS";
 
-    pub const PINNED: [&str; 15] = [
+    pub const PINNED: [&str; 19] = [
         AGENTS,
         CAPTURED4,
         CAPTURED6,
+        CHOICES,
         COUNTERS,
         DELIVERED,
+        DIRECT,
+        GRANTS,
         HELLO,
+        LEASE,
         LISTENERS,
         LOCAL,
         MODES,
@@ -61,6 +71,12 @@ pub mod map {
         SETTINGS,
         TRUSTED,
     ];
+}
+
+/// Names of the kernel half's constants that userspace sets before loading.
+pub mod constant {
+    /// Not zero: this kernel can tell a subflow of MPTCP from a socket of TCP.
+    pub const TELLS_MPTCP: &str = "TELLS_MPTCP";
 }
 
 /// Names of the programs, which are those of their pinned links too.

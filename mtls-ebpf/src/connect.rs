@@ -20,6 +20,7 @@ use aya_log_ebpf::warn;
 use mtls_common::counter::Counter;
 use mtls_common::{Agent, Endpoint, Note, OUTBOUND_PORT, Pod, note};
 
+use crate::direct;
 use crate::maps::{
     AGENTS, HELLO, LOCAL, POD_CGROUPS, PODS, SETTINGS, count, drop_note, is_agent, is_captured, is_loopback,
     is_unspecified, mapped, note as note_of, pod_at, v4_of, write_note,
@@ -37,7 +38,19 @@ const CGROUP_DEPTH: i32 = 16;
 enum Verdict {
     Pass,
     Refuse,
+    /// To the outbound listener at a loopback address.
     Redirect([u32; 4]),
+    /// To another pod of the node.
+    Direct(Endpoint),
+}
+
+/// The dialling socket and its pod.
+pub struct Dialling<'a> {
+    pub ctx: &'a SockAddrContext,
+    pub sk: *mut bpf_sock,
+    pub netns: u64,
+    pub pod: &'a Pod,
+    pub dst: Endpoint,
 }
 
 pub fn v4(ctx: &SockAddrContext) -> i32 {
@@ -55,6 +68,11 @@ pub fn v4(ctx: &SockAddrContext) -> i32 {
             Verdict::Redirect(to) => {
                 (&raw mut (*addr).user_ip4).write_volatile(to[3]);
                 (&raw mut (*addr).user_port).write_volatile(OUTBOUND_PORT.to_be() as u32);
+                PASS
+            }
+            Verdict::Direct(to) => {
+                (&raw mut (*addr).user_ip4).write_volatile(to.addr_be[3]);
+                (&raw mut (*addr).user_port).write_volatile(to.port.to_be() as u32);
                 PASS
             }
         }
@@ -76,15 +94,28 @@ pub fn v6(ctx: &SockAddrContext) -> i32 {
             Verdict::Pass => PASS,
             Verdict::Refuse => REFUSE,
             Verdict::Redirect(to) => {
-                let dialled = (&raw mut (*addr).user_ip6).cast::<u32>();
-                dialled.write_volatile(to[0]);
-                dialled.add(1).write_volatile(to[1]);
-                dialled.add(2).write_volatile(to[2]);
-                dialled.add(3).write_volatile(to[3]);
-                (&raw mut (*addr).user_port).write_volatile(OUTBOUND_PORT.to_be() as u32);
+                redirect6(addr, &Endpoint { addr_be: to, port: OUTBOUND_PORT, pad: 0 });
+                PASS
+            }
+            Verdict::Direct(to) => {
+                redirect6(addr, &to);
                 PASS
             }
         }
+    }
+}
+
+/// Word by word: the verifier refuses wider stores to this context.
+#[inline(always)]
+unsafe fn redirect6(addr: *mut bpf_sock_addr, to: &Endpoint) {
+    // SAFETY: the caller's context belongs to a hook that may write these fields.
+    unsafe {
+        let dialled = (&raw mut (*addr).user_ip6).cast::<u32>();
+        dialled.write_volatile(to.addr_be[0]);
+        dialled.add(1).write_volatile(to.addr_be[1]);
+        dialled.add(2).write_volatile(to.addr_be[2]);
+        dialled.add(3).write_volatile(to.addr_be[3]);
+        (&raw mut (*addr).user_port).write_volatile(to.port.to_be() as u32);
     }
 }
 
@@ -149,7 +180,12 @@ fn from_pod(ctx: &SockAddrContext, netns: u64, pod: &Pod, dst: Endpoint) -> Verd
         count(Counter::AgentPassed);
         return Verdict::Pass;
     }
-    match capture(ctx, sk, pod, dst) {
+    let dialling = Dialling { ctx, sk, netns, pod, dst };
+    if let Some(to) = direct::way(&dialling) {
+        count(Counter::Direct);
+        return Verdict::Direct(to);
+    }
+    match capture(&dialling) {
         Some(to) => {
             count(Counter::Captured);
             Verdict::Redirect(to)
@@ -165,7 +201,7 @@ fn from_pod(ctx: &SockAddrContext, netns: u64, pod: &Pod, dst: Endpoint) -> Verd
 #[inline(always)]
 fn forget_capture(sk: *mut bpf_sock) {
     if let Some(note) = note_of(sk)
-        && note.kind == note::CAPTURED
+        && matches!(note.kind, note::CAPTURED | note::DIRECT)
     {
         drop_note(sk);
     }
@@ -173,9 +209,9 @@ fn forget_capture(sk: *mut bpf_sock) {
 
 /// Notes the original destination, and returns the address to dial instead.
 #[inline(always)]
-fn capture(ctx: &SockAddrContext, sk: *mut bpf_sock, pod: &Pod, dst: Endpoint) -> Option<[u32; 4]> {
-    let is_v4 = v4_of(&dst.addr_be).is_some();
-    let own = if is_v4 { pod.addr4_be } else { pod.addr6_be };
+fn capture(dialling: &Dialling<'_>) -> Option<[u32; 4]> {
+    let Dialling { ctx, sk, dst, .. } = *dialling;
+    let own = dialling.own_address();
     if sk.is_null() || is_unspecified(&own) {
         return None;
     }
@@ -183,17 +219,13 @@ fn capture(ctx: &SockAddrContext, sk: *mut bpf_sock, pod: &Pod, dst: Endpoint) -
         warn!(ctx, "no memory for the note of a captured socket: its connect is refused");
         return None;
     }
-    // SAFETY: readable fields of the socket, which was checked for null.
-    let device = unsafe { (*sk).bound_dev_if };
-    // SAFETY: as above.
-    let bound = unsafe { bound_address(sk) };
-    let is_bound = !is_unspecified(&bound) && v4_of(&bound).is_some() == is_v4;
-    if device != 0 {
-        return Some(if is_bound { bound } else { own });
+    let bound = dialling.bound_address();
+    // SAFETY: a readable field of the socket, which was checked for null.
+    if unsafe { (*sk).bound_dev_if } != 0 {
+        return Some(bound.unwrap_or(own));
     }
-    if !is_bound {
-        // SAFETY: the context belongs to a connect hook.
-        let outcome = unsafe { bind_source(ctx, &own) };
+    if bound.is_none() {
+        let outcome = dialling.bind(&own);
         if outcome != 0 {
             warn!(
                 ctx,
@@ -202,7 +234,35 @@ fn capture(ctx: &SockAddrContext, sk: *mut bpf_sock, pod: &Pod, dst: Endpoint) -
             return None;
         }
     }
-    Some(if is_v4 { random_loopback() } else { [0, 0, 0, 1u32.to_be()] })
+    Some(if dialling.is_v4() { random_loopback() } else { [0, 0, 0, 1u32.to_be()] })
+}
+
+impl Dialling<'_> {
+    #[inline(always)]
+    fn is_v4(&self) -> bool {
+        v4_of(&self.dst.addr_be).is_some()
+    }
+
+    /// The pod's, of the family dialled; unspecified if it has none.
+    #[inline(always)]
+    pub fn own_address(&self) -> [u32; 4] {
+        if self.is_v4() { self.pod.addr4_be } else { self.pod.addr6_be }
+    }
+
+    /// What the application bound its socket to, of the family dialled. The caller checked the socket for null.
+    #[inline(always)]
+    pub fn bound_address(&self) -> Option<[u32; 4]> {
+        // SAFETY: the caller's promise.
+        let bound = unsafe { bound_address(self.sk) };
+        (!is_unspecified(&bound) && v4_of(&bound).is_some() == self.is_v4()).then_some(bound)
+    }
+
+    /// Binds to an address without choosing a port, as IP_BIND_ADDRESS_NO_PORT does. Zero: done.
+    #[inline(always)]
+    pub fn bind(&self, addr_be: &[u32; 4]) -> i64 {
+        // SAFETY: the context belongs to a connect hook.
+        unsafe { bind_source(self.ctx, addr_be) }
+    }
 }
 
 #[inline(always)]
@@ -232,7 +292,6 @@ unsafe fn bound_address(sk: *mut bpf_sock) -> [u32; 4] {
     }
 }
 
-/// Binds to an address without choosing a port, as IP_BIND_ADDRESS_NO_PORT does.
 #[inline(always)]
 unsafe fn bind_source(ctx: &SockAddrContext, addr_be: &[u32; 4]) -> i64 {
     const AF_INET: u32 = 2;

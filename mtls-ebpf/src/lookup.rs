@@ -16,6 +16,7 @@ use mtls_common::{
     TUNNEL_PORT, event, listener, mode,
 };
 
+use crate::direct;
 use crate::maps::{LISTENERS, MODES, PODS, TRUSTED, count, emit, is_loopback, mapped, pod_at};
 
 const DROP: u32 = 0;
@@ -76,6 +77,11 @@ fn from_outside(ctx: &SkLookupContext, pod: u64, local: &Endpoint, remote: &Endp
         }
         _ => {}
     }
+    match direct::is_admitted(&flow(local, remote)) {
+        Some(true) => return PASS,
+        Some(false) => return DROP,
+        None => {}
+    }
     if is_trusted(local, remote) {
         count(Counter::TrustedAccepted);
         return PASS;
@@ -121,20 +127,24 @@ fn steer(ctx: &SkLookupContext, netns: u64, kind: u16, counter: Counter) -> u32 
 
 #[inline(always)]
 fn is_trusted(local: &Endpoint, remote: &Endpoint) -> bool {
-    let flow = Flow {
+    // SAFETY: map entries are replaced, never written in place; a helper without arguments.
+    unsafe {
+        match TRUSTED.get(flow(local, remote)) {
+            Some(dialled) => bpf_ktime_get_ns().wrapping_sub(*dialled) < TRUSTED_FLOW_TTL_NS,
+            None => false,
+        }
+    }
+}
+
+#[inline(always)]
+fn flow(local: &Endpoint, remote: &Endpoint) -> Flow {
+    Flow {
         netns: 0,
         client_addr_be: remote.addr_be,
         server_addr_be: local.addr_be,
         client_port: remote.port,
         server_port: local.port,
         pad: 0,
-    };
-    // SAFETY: map entries are replaced, never written in place; a helper without arguments.
-    unsafe {
-        match TRUSTED.get(flow) {
-            Some(dialled) => bpf_ktime_get_ns().wrapping_sub(*dialled) < TRUSTED_FLOW_TTL_NS,
-            None => false,
-        }
     }
 }
 

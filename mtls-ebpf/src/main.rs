@@ -4,6 +4,7 @@
 #![no_main]
 
 mod connect;
+mod direct;
 mod lookup;
 mod maps;
 mod names;

@@ -1,6 +1,6 @@
 //! The maps, and the few questions every hook asks of them.
 
-use aya_ebpf::bindings::bpf_sock;
+use aya_ebpf::bindings::{BPF_F_NO_PREALLOC, bpf_sock};
 use aya_ebpf::btf_maps::SkStorage;
 use aya_ebpf::cty::c_void;
 use aya_ebpf::helpers::generated::{
@@ -10,10 +10,15 @@ use aya_ebpf::macros::{btf_map, map};
 use aya_ebpf::maps::lpm_trie::Key;
 use aya_ebpf::maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockHash};
 use mtls_common::counter::{self, Counter};
-use mtls_common::{Agent, Endpoint, Event, Flow, ListenerKey, Local, ModeKey, Note, Pod, Settings};
+use mtls_common::{
+    Agent, Choice, Direct, Endpoint, Event, Flow, Grant, GrantKey, Lease, ListenerKey, Local, ModeKey, Note,
+    Pod, Settings,
+};
 
 const PODS_MAX: u32 = 1024;
 const FLOWS_MAX: u32 = 65536;
+const GRANTS_MAX: u32 = 16384;
+const CHOICES_MAX: u32 = 4096;
 /// Flows that live as long as a handshake or a probe.
 const BRIEF_FLOWS_MAX: u32 = 16384;
 
@@ -48,6 +53,19 @@ pub static DELIVERED: LruHashMap<Flow, Endpoint> = LruHashMap::with_max_entries(
 /// Flow from the node's own namespace to a local pod → when its SYN was sent.
 #[map]
 pub static TRUSTED: LruHashMap<Flow, u64> = LruHashMap::with_max_entries(BRIEF_FLOWS_MAX, 0);
+/// Pods and addresses that need no agent between them. See `direct`.
+#[map]
+pub static GRANTS: HashMap<GrantKey, Grant> = HashMap::with_max_entries(GRANTS_MAX, BPF_F_NO_PREALLOC);
+/// Services whose endpoints are all pods of this node, by pod and address dialled.
+#[map]
+pub static CHOICES: HashMap<GrantKey, Choice> = HashMap::with_max_entries(CHOICES_MAX, BPF_F_NO_PREALLOC);
+#[map]
+pub static LEASE: Array<Lease> = Array::with_max_entries(1, 0);
+/// Connections between pods of this node that no agent carries, from before their SYN to the end of both sockets.
+#[map]
+pub static DIRECT: HashMap<Flow, Direct> = HashMap::with_max_entries(FLOWS_MAX, BPF_F_NO_PREALLOC);
+#[map]
+pub static ENDINGS: RingBuf = RingBuf::with_byte_size(1024 * 1024, 0);
 /// Cgroups of pods: a process below one is never the node's own.
 #[map]
 pub static POD_CGROUPS: HashMap<u64, u32> = HashMap::with_max_entries(PODS_MAX * 4, 0);

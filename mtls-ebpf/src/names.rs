@@ -54,7 +54,7 @@ unsafe fn original(ctx: &SockAddrContext, peer_be: [u32; 4]) -> Option<Endpoint>
     unsafe {
         let sk = (*ctx.sock_addr).__bindgen_anon_1.sk;
         if let Some(note) = note_of(sk) {
-            return matches!(note.kind, note::CAPTURED | note::SERVED).then_some(note.peer);
+            return matches!(note.kind, note::CAPTURED | note::SERVED | note::DIRECT).then_some(note.peer);
         }
         // An MPTCP socket has no note: connect ran on its first subflow, whose addresses it shares.
         if (*ctx.sock_addr).user_port as u16 != OUTBOUND_PORT.to_be() || sk.is_null() {

@@ -5,7 +5,10 @@
 //! * The agent's own client inside a pod: flow → original source, taken by the server's socket when that is established;
 //!   withdrawn when the client's closes, so that no later connection with the same addresses can find it.
 //!
-//! Both ends of a leg over loopback get a congestion control that doesn't pace: BBR does, also on loopback.
+//! * A direct client and its server: see [`crate::direct`].
+//!
+//! Both ends of a leg over loopback, and of a direct connection, get a congestion control that doesn't pace: BBR does,
+//! also on loopback.
 
 use aya_ebpf::bindings::{BPF_SOCK_OPS_STATE_CB_FLAG, bpf_sock, bpf_sock_ops};
 use aya_ebpf::helpers::generated::{
@@ -16,6 +19,7 @@ use aya_log_ebpf::warn;
 use mtls_common::counter::Counter;
 use mtls_common::{Flow, Note, OUTBOUND_PORT, note};
 
+use crate::direct;
 use crate::maps::{
     DELIVERED, ORIGINAL, SETTINGS, TRUSTED, count, is_loopback, mapped, note as note_of, write_note,
 };
@@ -62,6 +66,11 @@ fn dialling(ctx: &SockOpsContext) {
                 watch_close(ctx);
             }
         }
+        note::DIRECT => {
+            watch_close(ctx);
+            direct::dialled(ctx, note);
+            set_congestion(ctx);
+        }
         note::DELIVERED if DELIVERED.insert(outgoing(ctx), note.peer, 0).is_ok() => {
             watch_close(ctx);
         }
@@ -75,17 +84,13 @@ fn dialling(ctx: &SockOpsContext) {
 fn accepted(ctx: &SockOpsContext) {
     let remote = remote(ctx);
     if !is_loopback(&remote) {
+        if direct::accepted(ctx) {
+            watch_close(ctx);
+            set_congestion(ctx);
+        }
         return;
     }
-    let flow = Flow {
-        // SAFETY: the context is the program's own.
-        netns: unsafe { bpf_get_netns_cookie(ctx.ops.cast()) },
-        client_addr_be: remote,
-        server_addr_be: local(ctx),
-        client_port: remote_port(ctx),
-        server_port: ctx.local_port() as u16,
-        pad: 0,
-    };
+    let flow = incoming(ctx);
     // SAFETY: entries are replaced, never written in place.
     let Some(peer) = (unsafe { DELIVERED.get(flow) }).copied() else {
         return;
@@ -106,8 +111,11 @@ fn accepted(ctx: &SockOpsContext) {
 #[inline(always)]
 fn changed(ctx: &SockOpsContext) {
     // SAFETY: arguments of a state change: the old state, the new one.
-    let state = unsafe { (&raw const (*ctx.ops).__bindgen_anon_1.args).cast::<u32>().add(1).read_volatile() };
-    if state != TCP_CLOSE {
+    let (old, new) = unsafe {
+        let args = (&raw const (*ctx.ops).__bindgen_anon_1.args).cast::<u32>();
+        (args.read_volatile(), args.add(1).read_volatile())
+    };
+    if new != TCP_CLOSE {
         return;
     }
     match note_of(socket(ctx)).map(|note| note.kind) {
@@ -117,6 +125,8 @@ fn changed(ctx: &SockOpsContext) {
         Some(note::DELIVERED) => {
             let _ = DELIVERED.remove(outgoing(ctx));
         }
+        Some(note::DIRECT) => direct::client_closed(ctx, old),
+        Some(note::DIRECT_SERVED) => direct::server_closed(ctx, old),
         _ => {}
     }
 }
@@ -150,7 +160,7 @@ fn set_congestion(ctx: &SockOpsContext) {
 
 /// The flow of the client socket that the event is about.
 #[inline(always)]
-fn outgoing(ctx: &SockOpsContext) -> Flow {
+pub fn outgoing(ctx: &SockOpsContext) -> Flow {
     Flow {
         // SAFETY: the context is the program's own.
         netns: unsafe { bpf_get_netns_cookie(ctx.ops.cast()) },
@@ -162,8 +172,22 @@ fn outgoing(ctx: &SockOpsContext) -> Flow {
     }
 }
 
+/// The flow whose server's socket the event is about.
 #[inline(always)]
-fn socket(ctx: &SockOpsContext) -> *mut bpf_sock {
+pub fn incoming(ctx: &SockOpsContext) -> Flow {
+    Flow {
+        // SAFETY: the context is the program's own.
+        netns: unsafe { bpf_get_netns_cookie(ctx.ops.cast()) },
+        client_addr_be: remote(ctx),
+        server_addr_be: local(ctx),
+        client_port: remote_port(ctx),
+        server_port: ctx.local_port() as u16,
+        pad: 0,
+    }
+}
+
+#[inline(always)]
+pub fn socket(ctx: &SockOpsContext) -> *mut bpf_sock {
     // SAFETY: a readable field; null unless it is a full socket.
     unsafe { (*ctx.ops).__bindgen_anon_2.sk }
 }

@@ -380,7 +380,7 @@ fn identities() -> Result<(Arc<Identity>, Arc<Identity>)> {
             not_before: SystemTime::UNIX_EPOCH,
             not_after: SystemTime::now() + Duration::from_secs(3600),
         };
-        let bundle = Arc::new(TrustBundle { roots: vec![ca.der().clone()] });
+        let bundle = Arc::new(TrustBundle::new(vec![ca.der().clone()]));
         by_id.insert(version, Arc::new(Identity { version, svid: Arc::new(svid), bundle }));
     }
     let take = |version| by_id.get(&version).cloned().ok_or_else(|| anyhow::anyhow!("no identity"));

@@ -14,8 +14,12 @@ use ipnet::IpNet;
 use serde::Deserialize;
 
 use crate::features::Forced;
-use crate::identity::{Credential, TrustDomain};
+use crate::identity::TrustDomain;
 use crate::observe::AccessLog;
+
+mod identity_source;
+
+pub use identity_source::IdentitySource;
 
 /// What `mtls node` was told, before validation.
 #[derive(clap::Args, Deserialize, Default, Debug)]
@@ -31,6 +35,16 @@ pub struct Options {
     /// Directory of Kubernetes manifests that describe the mesh; changes are picked up as they happen
     #[arg(long, value_name = "DIR")]
     manifests: Option<PathBuf>,
+    /// Follow the Kubernetes API instead, as this pod's service account [default in a pod without --manifests]
+    #[arg(long)]
+    kubernetes: bool,
+    /// Follow the Kubernetes API that this file names, as the user that it names
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// With the Kubernetes API: believe pods' annotations mtls.dev/netns and mtls.dev/cgroup. For laboratories: whoever may
+    /// make a pod could name another pod's
+    #[arg(long)]
+    trust_pod_annotations: bool,
     /// Certificate authority, for example https://10.0.0.1:15012
     #[arg(long, value_name = "URL")]
     ca_address: Option<String>,
@@ -46,6 +60,12 @@ pub struct Options {
     /// Its private key (PEM) [default: in the same file]
     #[arg(long, value_name = "FILE")]
     ca_node_key: Option<PathBuf>,
+    /// Instead of an authority: unix socket of a SPIFFE Workload API, for example unix:///run/spire/agent.sock
+    #[arg(long, value_name = "SOCKET")]
+    spiffe_socket: Option<String>,
+    /// Revocation lists (PEM) for peers' certificates, besides what the authority gives; changes are picked up
+    #[arg(long, value_name = "FILE")]
+    crl: Option<PathBuf>,
     /// Trust domain of every identity [default: cluster.local]
     #[arg(long)]
     trust_domain: Option<String>,
@@ -118,17 +138,29 @@ pub enum SameNode {
     Relay,
     /// Through a TLS tunnel, as between nodes
     Encrypt,
+    /// From pod to pod in the kernel, once the first connection of a pair was let in: nobody copies a byte. They cross
+    /// the node's pod network (veth, bridge) as the application wrote them
+    Direct,
+}
+
+/// Where the mesh is described.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum MeshSource {
+    Directory(PathBuf),
+    /// Without a kubeconfig: the API server that Kubernetes names to every pod.
+    Kubernetes {
+        kubeconfig: Option<PathBuf>,
+        annotations: bool,
+    },
 }
 
 /// What `mtls node` runs with.
 #[derive(Debug)]
 pub struct Config {
     pub node: Arc<str>,
-    pub manifests: PathBuf,
-    pub ca_address: String,
-    pub ca_root: PathBuf,
-    /// Proves this node to the authority.
-    pub ca_credential: Credential,
+    pub mesh: MeshSource,
+    pub identities: IdentitySource,
+    pub crl: Option<PathBuf>,
     pub trust_domain: TrustDomain,
     pub root_namespace: Arc<str>,
     pub certificate_lifetime: Duration,
@@ -184,32 +216,9 @@ impl Options {
             None => self,
         };
         let mut mistakes = Mistakes::default();
+        let identities = options.identities(&mut mistakes);
+        let mesh = mistakes.mesh(&options, std::env::var_os(IN_A_POD).is_some());
         let node = mistakes.required("node", options.node);
-        let manifests = mistakes.required("manifests", options.manifests);
-        let ca_address = mistakes.required("ca-address", options.ca_address);
-        let ca_root = mistakes.required("ca-root", options.ca_root);
-        let ca_credential = match (options.ca_token_file, options.ca_node_cert) {
-            (Some(token), None) => Some(Credential::Token(token)),
-            (None, Some(certificate)) => {
-                let key = options.ca_node_key.clone().unwrap_or_else(|| certificate.clone());
-                Some(Credential::Certificate { certificate, key })
-            }
-            (token, _) => {
-                let are = if token.is_some() { "are both given" } else { "are both missing" };
-                mistakes.0.push(format!(
-                    "--ca-token-file and --ca-node-cert {are}: one proves this node to the authority"
-                ));
-                None
-            }
-        };
-        if options.ca_node_key.is_some() && !matches!(ca_credential, Some(Credential::Certificate { .. })) {
-            mistakes.0.push("--ca-node-key is of no use without --ca-node-cert".into());
-        }
-        if ca_address.as_ref().is_some_and(|a| !a.starts_with("https://")) {
-            mistakes.0.push(
-                "--ca-address must start with https://: certificates are never asked for in the clear".into(),
-            );
-        }
         let trust_domain = options.trust_domain.as_deref().unwrap_or("cluster.local").parse::<TrustDomain>();
         if let Err(error) = &trust_domain {
             mistakes.0.push(format!("--trust-domain: {error}"));
@@ -222,24 +231,16 @@ impl Options {
         if certificate_lifetime == 0 {
             mistakes.0.push("--certificate-lifetime must be at least 1".into());
         }
-        let (
-            Some(node),
-            Some(manifests),
-            Some(ca_address),
-            Some(ca_root),
-            Some(ca_credential),
-            Ok(trust_domain),
-            true,
-        ) = (node, manifests, ca_address, ca_root, ca_credential, trust_domain, mistakes.0.is_empty())
+        let (Some(node), Some(mesh), Some(identities), Ok(trust_domain), true) =
+            (node, mesh, identities, trust_domain, mistakes.0.is_empty())
         else {
             return Err(Error::Invalid(mistakes));
         };
         Ok(Config {
             node: node.into(),
-            manifests,
-            ca_address,
-            ca_root,
-            ca_credential,
+            mesh,
+            identities,
+            crl: options.crl,
             trust_domain,
             root_namespace: options.root_namespace.as_deref().unwrap_or("istio-system").into(),
             certificate_lifetime: Duration::from_secs(certificate_lifetime),
@@ -273,11 +274,16 @@ impl Options {
             config: self.config,
             node: self.node.or(file.node),
             manifests: self.manifests.or(file.manifests),
+            kubernetes: self.kubernetes || file.kubernetes,
+            kubeconfig: self.kubeconfig.or(file.kubeconfig),
+            trust_pod_annotations: self.trust_pod_annotations || file.trust_pod_annotations,
             ca_address: self.ca_address.or(file.ca_address),
             ca_root: self.ca_root.or(file.ca_root),
             ca_token_file: self.ca_token_file.or(file.ca_token_file),
             ca_node_cert: self.ca_node_cert.or(file.ca_node_cert),
             ca_node_key: self.ca_node_key.or(file.ca_node_key),
+            spiffe_socket: self.spiffe_socket.or(file.spiffe_socket),
+            crl: self.crl.or(file.crl),
             trust_domain: self.trust_domain.or(file.trust_domain),
             root_namespace: self.root_namespace.or(file.root_namespace),
             certificate_lifetime: self.certificate_lifetime.or(file.certificate_lifetime),
@@ -300,6 +306,40 @@ impl Options {
 }
 
 impl Mistakes {
+    fn mesh(&mut self, options: &Options, in_a_pod: bool) -> Option<MeshSource> {
+        let asks_for_api = options.kubernetes || options.kubeconfig.is_some();
+        match &options.manifests {
+            Some(_) if asks_for_api => {
+                self.0.push(
+                    "--manifests and the Kubernetes API (--kubernetes, --kubeconfig) are both given: one \
+                     describes the mesh"
+                        .into(),
+                );
+                None
+            }
+            Some(_) if options.trust_pod_annotations => {
+                self.0.push(
+                    "--trust-pod-annotations is for the Kubernetes API; those of --manifests always count"
+                        .into(),
+                );
+                None
+            }
+            Some(directory) => Some(MeshSource::Directory(directory.clone())),
+            None if asks_for_api || in_a_pod => Some(MeshSource::Kubernetes {
+                kubeconfig: options.kubeconfig.clone(),
+                annotations: options.trust_pod_annotations,
+            }),
+            None => {
+                self.0.push(
+                    "--manifests is missing, and this is no pod of a cluster: give a directory, or the \
+                     --kubeconfig of a cluster"
+                        .into(),
+                );
+                None
+            }
+        }
+    }
+
     fn required<T>(&mut self, flag: &str, value: Option<T>) -> Option<T> {
         if value.is_none() {
             self.0.push(format!("--{flag} is missing"));
@@ -308,6 +348,8 @@ impl Mistakes {
     }
 }
 
+/// Kubernetes sets this in every pod.
+const IN_A_POD: &str = "KUBERNETES_SERVICE_HOST";
 const MAX_WORKERS: usize = 64;
 
 fn default_workers() -> usize {
@@ -318,7 +360,7 @@ fn default_workers() -> usize {
 mod tests {
     use super::*;
 
-    fn complete() -> Options {
+    pub(super) fn complete() -> Options {
         Options {
             node: Some("a".into()),
             manifests: Some("/m".into()),
@@ -326,6 +368,31 @@ mod tests {
             ca_root: Some("/r".into()),
             ca_token_file: Some("/t".into()),
             ..Options::default()
+        }
+    }
+
+    #[test]
+    fn the_mesh_is_described_in_exactly_one_place() {
+        let of = |options: Options, in_a_pod| {
+            let mut mistakes = Mistakes::default();
+            mistakes.mesh(&options, in_a_pod).ok_or_else(|| mistakes.to_string())
+        };
+        let none = || Options::default();
+        let api = |kubeconfig: Option<&str>| MeshSource::Kubernetes {
+            kubeconfig: kubeconfig.map(PathBuf::from),
+            annotations: false,
+        };
+        assert_eq!(of(complete(), true), Ok(MeshSource::Directory("/m".into())));
+        assert_eq!(of(none(), true), Ok(api(None)));
+        assert_eq!(of(Options { kubernetes: true, ..none() }, false), Ok(api(None)));
+        assert_eq!(of(Options { kubeconfig: Some("/k".into()), ..none() }, false), Ok(api(Some("/k"))));
+        for (options, expected) in [
+            (none(), "--manifests is missing, and this is no pod"),
+            (Options { kubernetes: true, ..complete() }, "both given"),
+            (Options { trust_pod_annotations: true, ..complete() }, "--trust-pod-annotations"),
+        ] {
+            let error = of(options, false).unwrap_err();
+            assert!(error.contains(expected), "{error}");
         }
     }
 
@@ -352,26 +419,6 @@ mod tests {
     fn certificates_are_never_asked_for_in_the_clear() {
         let error = Options { ca_address: Some("http://ca:1".into()), ..complete() }.validate().unwrap_err();
         assert!(error.to_string().contains("https://"), "{error}");
-    }
-
-    #[test]
-    fn a_node_proves_itself_in_exactly_one_way() {
-        let certificate = || Some(PathBuf::from("/node.pem"));
-        let with = |options: Options| options.validate().map(|config| config.ca_credential);
-        let alone = || Options { ca_token_file: None, ca_node_cert: certificate(), ..complete() };
-        let expected =
-            |key: &str| Credential::Certificate { certificate: "/node.pem".into(), key: key.into() };
-        assert_eq!(with(alone()).unwrap(), expected("/node.pem"));
-        assert_eq!(with(Options { ca_node_key: Some("/k".into()), ..alone() }).unwrap(), expected("/k"));
-        assert_eq!(with(complete()).unwrap(), Credential::Token("/t".into()));
-        for (wrong, expected) in [
-            (Options { ca_node_cert: certificate(), ..complete() }, "both given"),
-            (Options { ca_token_file: None, ..complete() }, "both missing"),
-            (Options { ca_node_key: certificate(), ..complete() }, "--ca-node-key"),
-        ] {
-            let error = with(wrong).unwrap_err().to_string();
-            assert!(error.contains(expected), "{error}");
-        }
     }
 
     #[test]

@@ -45,7 +45,11 @@ pub async fn outbound(worker: Arc<Worker>, pod: Arc<Pod>, _working: Working, app
             finish(open, report);
         }
         Far::Tunnel(mut stream) => {
-            let report = relay::tunnelled(&app, &mut stream, open.progress(), pin!(stopped(&open))).await;
+            let peer = stream.proof();
+            let report = {
+                let stopped = pin!(stopped_by_either(&open, &peer));
+                relay::tunnelled(&app, &mut stream, open.progress(), stopped).await
+            };
             finish(open, report);
         }
     }
@@ -63,7 +67,7 @@ enum Far {
 }
 
 /// From a captured socket to the far side; `None` once the refusal is recorded.
-async fn open_outbound(worker: &Worker, pod: &Pod, app: &TcpStream) -> Option<Opened> {
+async fn open_outbound(worker: &Worker, pod: &Arc<Pod>, app: &TcpStream) -> Option<Opened> {
     let captured = match Captured::identify(pod, app) {
         Ok(captured) => captured,
         Err(error) => {
@@ -90,7 +94,7 @@ async fn open_outbound(worker: &Worker, pod: &Pod, app: &TcpStream) -> Option<Op
             pass_through(worker, pod, flow).await
         }
         Destination::Workload { workload, address, service } => match worker.neighbour(&workload) {
-            Some(neighbour) => same_node(worker, captured, neighbour, address, service).await,
+            Some(neighbour) => same_node(worker, pod, captured, neighbour, address, service).await,
             None => through_tunnel(worker, pod, captured, workload, address, service).await,
         },
     }
@@ -108,6 +112,7 @@ async fn pass_through(worker: &Worker, pod: &Pod, flow: Flow) -> Option<Opened> 
 /// bytes go from loopback to loopback.
 async fn same_node(
     worker: &Worker,
+    pod: &Arc<Pod>,
     captured: Captured,
     neighbour: Arc<Pod>,
     address: SocketAddr,
@@ -127,6 +132,7 @@ async fn same_node(
         Ok(permit) => permit,
         Err(denied) => return refuse(worker, flow, Refusal::Denied(denied)),
     };
+    worker.direct.offer(pod, captured.destination, address);
     match deliver(worker, &neighbour, address, captured.source, permit).await {
         Ok(far) => Some(Opened { open: worker.observer.open(flow), far: Far::Plain(far) }),
         Err(error) => refuse(worker, flow, outcome::unreachable(&error)),
@@ -163,7 +169,7 @@ async fn through_tunnel(
             Some(Opened { open: worker.observer.open(flow), far: Far::Tunnel(stream) })
         }
         Err(error) => {
-            if let Some(failure) = outcome::failed_handshake(&error) {
+            if let Some(failure) = error.handshake_failure() {
                 worker.observer.handshake_failed(Direction::Outbound, failure);
             }
             tracing::info!(pod = pod.socket.name(), %address, %error, "no tunnel");
@@ -186,7 +192,7 @@ pub async fn inbound(worker: Arc<Worker>, pod: Arc<Pod>, mut working: Working, p
         Ok(tunnel) => tunnel,
         Err(error) => {
             tracing::info!(pod = pod.socket.name(), %from, %error, "tunnel refused");
-            if let Some(failure) = outcome::failed_handshake(&error) {
+            if let Some(failure) = error.handshake_failure() {
                 worker.observer.handshake_failed(Direction::Inbound, failure);
             }
             return;
@@ -204,8 +210,11 @@ pub async fn inbound(worker: Arc<Worker>, pod: Arc<Pod>, mut working: Working, p
                 worker.count_tunnel(Direction::Inbound, std::mem::replace(&mut reused, true), resumed);
                 let clean = match Box::pin(open_inbound(&worker, &pod, from, request)).await {
                     Ok(Admitted { app, stream, open }) => {
-                        let report =
-                            relay::tunnelled(&app, stream, open.progress(), pin!(stopped(&open))).await;
+                        let peer = stream.proof();
+                        let report = {
+                            let stopped = pin!(stopped_by_either(&open, &peer));
+                            relay::tunnelled(&app, stream, open.progress(), stopped).await
+                        };
                         finish(open, report)
                     }
                     Err(usable) => usable,
@@ -414,6 +423,14 @@ async fn stopped(open: &Connection) {
     open.stopped().await;
 }
 
+/// Resolves also when what proved the peer no longer counts.
+async fn stopped_by_either(open: &Connection, peer: &tunnel::Peer) {
+    tokio::select! {
+        _ = open.stopped() => {}
+        failure = peer.until_distrusted() => open.revoke(format!("the peer is no longer trusted: {failure}").into()),
+    }
+}
+
 /// Records a refusal; the application's side is then reset.
 fn refuse<T>(worker: &Worker, flow: Flow, refusal: Refusal) -> Option<T> {
     worker.observer.refused(flow, refusal);
@@ -437,6 +454,6 @@ mod tests {
     fn a_connection_costs_little_memory_besides_its_sockets() {
         let (outbound, inbound) = (size_of_future(outbound), size_of_future(inbound));
         assert!(outbound <= 1024, "outbound is {outbound} bytes");
-        assert!(inbound <= 1280, "inbound is {inbound} bytes");
+        assert!(inbound <= 1312, "inbound is {inbound} bytes");
     }
 }

@@ -54,7 +54,7 @@ pub struct Explanation {
     pub service: Option<String>,
     pub captured: bool,
     pub why_captured: String,
-    /// `tunnel`, `same_node`, `plaintext`, `passthrough`, as in the access log; `inside` a pod nothing is touched.
+    /// `tunnel`, `same_node`, `direct`, `plaintext`, `passthrough`, as in the access log; `inside` a pod nothing is touched.
     pub path: String,
     /// What somebody between the two pods would see.
     pub wire: String,
@@ -255,7 +255,11 @@ fn path(setting: &Setting, source: &Side, target: &Side, captured: bool, mode: O
     Some(match (captured, mode) {
         (true, Some(Mode::Strict | Mode::Permissive)) => {
             let neighbours = node(source).is_some() && node(source) == node(target);
-            if neighbours && setting.same_node == SameNode::Relay { Path::SameNode } else { Path::Tunnel }
+            match setting.same_node {
+                SameNode::Relay if neighbours => Path::SameNode,
+                SameNode::Direct if neighbours => Path::Direct,
+                _ => Path::Tunnel,
+            }
         }
         (_, Some(_)) => Path::Plaintext,
         (_, None) => Path::Passthrough,
@@ -296,7 +300,7 @@ fn decide(
         return Decision::without_policy(false, "refused: this port of an enrolled pod is the agent's own");
     }
     let peer = match (path, source.enrolled()) {
-        (Path::Tunnel | Path::SameNode, Some(from)) => Peer::Verified(&from.identity),
+        (Path::Tunnel | Path::SameNode | Path::Direct, Some(from)) => Peer::Verified(&from.identity),
         _ => Peer::Plaintext,
     };
     let request = Request { destination, address, source_ip, peer };
@@ -321,6 +325,12 @@ fn wire(path: Option<Path>, from: IpAddr, to: SocketAddr, allowed: bool) -> Stri
     match path {
         None => "nothing: the pod's own loopback".to_owned(),
         Some(Path::SameNode) => "nothing: the bytes stay on the two pods' loopbacks".to_owned(),
+        Some(Path::Direct) => {
+            format!(
+                "the application's own bytes between {from} and {to} on the node's pod network, and on no other (the \
+                 first connection of a pair is relayed)"
+            )
+        }
         Some(Path::Tunnel) => {
             format!("TLS 1.3 between {from} and {}", SocketAddr::new(to.ip(), TUNNEL_PORT))
         }

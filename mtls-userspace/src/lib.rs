@@ -17,6 +17,7 @@
 //! | [`policy`] | (peer, workload, port) → [`policy::Authorized`] or a reason; pure |
 //! | [`tunnel`] | captured stream + destination ↔ authenticated tunnel |
 //! | [`relay`] | two streams → a report |
+//! | [`direct`] | policy and pods of one node → grants to connect without the agent |
 //! | [`ca`] | certificate signing requests → certificates |
 //! | [`plaintext`] | plaintext that was seen → readiness for STRICT |
 //! | [`observe`] | counters, access log, admin API |
@@ -32,6 +33,7 @@ pub mod cli;
 pub mod compare;
 pub mod config;
 pub mod connection;
+pub mod direct;
 pub mod drain;
 pub mod enrolment;
 pub mod explain;

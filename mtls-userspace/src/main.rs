@@ -5,6 +5,11 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use mtls::cli;
 
+/// Handshakes come and go between connections that stay for hours: this allocator leaves fewer holes between them than
+/// the C library's, and gives memory back.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// Transparent mTLS for Kubernetes: no sidecar, no iptables.
 #[derive(Parser)]
 #[command(name = "mtls", version)]

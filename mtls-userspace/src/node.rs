@@ -13,13 +13,15 @@ use rustls::CipherSuite;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::capture::{self, Capture};
-use crate::config::{Config, KernelTls};
+use crate::config::{Config, IdentitySource, KernelTls, MeshSource, SameNode};
+use crate::direct::Direct;
 use crate::drain::Drain;
 use crate::enrolment::Enrolment;
 use crate::explain;
 use crate::features::{Choice, Chosen};
 use crate::identity::{self, Identities};
 use crate::inspect::Inspection;
+use crate::kubernetes::Cluster;
 use crate::mesh::{self, Mesh};
 use crate::observe::{self, Admin, IdentityRow, MeshRow, Observer, Plaintext, PodRow, Readiness};
 use crate::plaintext;
@@ -34,7 +36,16 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         trust_domain: config.trust_domain.clone(),
         root_namespace: config.root_namespace.clone(),
     };
-    let source = mesh::Source::directory(config.manifests.clone(), settings).context("manifests")?;
+    let source = match &config.mesh {
+        MeshSource::Directory(directory) => {
+            mesh::Source::directory(directory.clone(), settings).context("manifests")?
+        }
+        MeshSource::Kubernetes { kubeconfig, annotations } => {
+            let cluster = Cluster::open(kubeconfig.as_deref()).await?;
+            let scope = mesh::Scope::Traffic { annotations: *annotations };
+            mesh::Source::kubernetes(cluster, settings, scope).await
+        }
+    };
     // Before the kernel half: an agent that cannot stay must not replace the programs of the one that runs.
     let admin = Admin::bind(Some(config.admin), Some(&config.admin_socket)).await.context("admin API")?;
     let chosen = Chosen::at_start(&config.features)?;
@@ -49,14 +60,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         })
         .context("kernel half")?,
     );
-    let authority = identity::RemoteAuthority::new(
-        &config.ca_address,
-        config.ca_root.clone(),
-        config.ca_credential.clone(),
-    )
-    .context("certificate authority")?;
-    let settings = identity::Config { lifetime: config.certificate_lifetime, ..identity::Config::default() };
-    let identities = Identities::new(Arc::new(authority), settings);
+    let identities = identities(&config)?;
     let observer = Observer::new(observe::Settings {
         access_log: config.access_log,
         ..observe::Settings::new(config.node.clone())
@@ -74,6 +78,15 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         inbox.clone(),
     );
     let watch = Arc::new(watch.context("kernel half")?);
+    let direct = Direct::new(
+        config.node.clone(),
+        config.same_node == SameNode::Direct,
+        capture.clone(),
+        local.clone(),
+        source.clone(),
+        observer.clone(),
+    )
+    .context("kernel half")?;
     let kernel = kernel_carried(config.kernel_tls, &chosen)?;
     let usual = tunnel::Config::default();
     let tunnel = Arc::new(tunnel::Config {
@@ -82,6 +95,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         kernel,
         ..usual
     });
+    tokio::spawn(follow_trust(identities.clone(), tunnel.clone()));
     let workers = (0..config.workers)
         .map(|index| {
             let worker = Worker {
@@ -94,6 +108,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
                 observer: observer.clone(),
                 plaintext: inbox.clone(),
                 same_node: config.same_node,
+                direct: direct.clone(),
                 congestion: config.loopback_congestion.clone(),
             };
             let working = drain.working().context("draining already")?;
@@ -121,6 +136,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     observer.set_capabilities(chosen.rows());
     let (asked, counted) = (watch.clone(), watch.clone());
     observer.set_plaintext(Arc::new(move || asked.facts()), Arc::new(move || counted.counts()));
+    let shown = direct.clone();
+    observer.set_refresh(Arc::new(move || shown.refresh()));
     observer.set_inspector(Arc::new(Inspection {
         node: config.node.clone(),
         mesh: source.clone(),
@@ -135,8 +152,20 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         tokio::spawn(watch_kernel(events, source.clone(), observer.clone(), inbox, watch.clone()));
     }
     tokio::spawn(watch.run(stopped()));
-    let control =
-        Control { config: config.clone(), source, identities, enrolment, observer: observer.clone(), pods };
+    if let Some(endings) = capture.endings() {
+        tokio::spawn(direct.clone().follow(endings));
+    }
+    let mut draining = drain.working().context("draining already")?;
+    tokio::spawn(direct.clone().run(async move { draining.stopping().await }));
+    let control = Control {
+        config: config.clone(),
+        source,
+        identities,
+        enrolment,
+        observer: observer.clone(),
+        direct: direct.clone(),
+        pods,
+    };
     tokio::spawn(control.run(readiness));
 
     tracing::info!(node = %config.node, workers = config.workers, "agent runs");
@@ -147,9 +176,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             open = observer.open_connections(),
             "drain time is over: resetting what is still open"
         );
-        observer.revoke(&|_| Some("agent stopped".into()));
+        observer.revoke(&|flow| (flow.path != observe::Path::Direct).then(|| "agent stopped".into()));
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+    direct.hand_over();
     capture.shutdown_unregister();
     stop.send_replace(true);
     let _ = tokio::time::timeout(Duration::from_secs(2), admin).await;
@@ -184,6 +214,44 @@ fn kernel_carried(wish: KernelTls, chosen: &Chosen) -> anyhow::Result<Vec<Cipher
     Ok(carried)
 }
 
+fn identities(config: &Config) -> anyhow::Result<Arc<Identities>> {
+    let settings = identity::Config {
+        lifetime: config.certificate_lifetime,
+        revocation_file: config.crl.clone(),
+        ..identity::Config::default()
+    };
+    Ok(match &config.identities {
+        IdentitySource::Authority { address, root, credential } => {
+            let authority = identity::RemoteAuthority::new(address, root.clone(), credential.clone())
+                .context("certificate authority")?;
+            Identities::new(Arc::new(authority), settings)
+        }
+        IdentitySource::WorkloadApi { socket } => {
+            let api = identity::WorkloadApi::new(socket).context("SPIFFE Workload API")?;
+            Identities::from_workload_api(api, settings)
+        }
+    })
+}
+
+/// Judges the peers of open tunnels again whenever roots or revocation lists change.
+async fn follow_trust(identities: Arc<Identities>, tunnel: Arc<tunnel::Config>) {
+    let mut changes = identities.subscribe();
+    loop {
+        changes.mark_unchanged();
+        let current = || identities.status().into_iter().filter_map(|status| identities.current(&status.id));
+        tokio::task::block_in_place(|| {
+            for identity in current() {
+                if let Err(error) = tunnel.trust(&identity) {
+                    tracing::error!(id = %identity.svid.id, %error, "peers cannot be judged by this certificate");
+                }
+            }
+        });
+        if changes.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
 /// Follows the mesh and the certificates; the only place where enrolment changes.
 struct Control {
     config: Arc<Config>,
@@ -191,6 +259,7 @@ struct Control {
     identities: Arc<Identities>,
     enrolment: Enrolment,
     observer: Observer,
+    direct: Arc<Direct>,
     /// What the admin API shows of this node's pods.
     pods: Arc<ArcSwap<Vec<PodRow>>>,
 }
@@ -205,11 +274,10 @@ impl Control {
             mesh_changes.mark_unchanged();
             identity_changes.mark_unchanged();
             let mesh = self.source.current();
-            let wanted: HashSet<_> =
-                mesh.enrolled_on(&self.config.node).map(|workload| workload.identity.clone()).collect();
+            let wanted: HashSet<_> = mesh.identities_on(&self.config.node).cloned().collect();
             self.identities.want(wanted.clone());
             self.enrolment.reconcile(&mesh).await;
-            self.observer.revoke(&|flow| refused_now(&mesh, flow));
+            self.revoke(&mesh);
             self.pods.store(Arc::new(self.enrolment.rows(&mesh)));
 
             match self.enrolment.failed().iter().next() {
@@ -232,6 +300,15 @@ impl Control {
                 () = tokio::time::sleep(again) => {}
             }
         }
+    }
+}
+
+impl Control {
+    /// Ends open connections that the mesh in force refuses: those that this agent carries end themselves.
+    fn revoke(&self, mesh: &Mesh) {
+        tokio::task::block_in_place(|| self.direct.refresh());
+        self.observer.revoke(&|flow| self.direct.unwanted(flow).or_else(|| refused_now(mesh, flow)));
+        tokio::task::block_in_place(|| self.direct.enforce(mesh));
     }
 }
 
@@ -275,7 +352,7 @@ fn refused_now(mesh: &Mesh, flow: &observe::Flow) -> Option<Arc<str>> {
     let Some(now) = mesh.workload(flow.address.ip()).filter(|now| now.key() == destination.key()) else {
         return Some("the destination pod is gone".into());
     };
-    let judged_here = flow.direction == observe::Direction::Inbound || flow.path == observe::Path::SameNode;
+    let judged_here = flow.direction == observe::Direction::Inbound || flow.path.is_within_node();
     if !judged_here {
         return None;
     }

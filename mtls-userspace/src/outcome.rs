@@ -5,7 +5,7 @@
 use std::io;
 use std::sync::Arc;
 
-use crate::observe::{Direction, Ending, Flow, HandshakeFailure, Path, Refusal};
+use crate::observe::{Direction, Ending, Flow, Path, Refusal};
 use crate::relay::End;
 use crate::tunnel::{self, RejectReason, Rejection};
 
@@ -22,40 +22,19 @@ pub fn unreachable(error: &io::Error) -> Refusal {
 /// The tunnel to the peer agent could not be had.
 pub fn no_tunnel(error: &tunnel::Error) -> Refusal {
     if let Some(failure) = error.handshake_failure() {
-        return Refusal::Handshake(handshake_failure(failure));
+        return Refusal::Handshake(failure);
     }
     match error {
-        tunnel::Error::HandshakeTimedOut { .. } => Refusal::Handshake(HandshakeFailure::Timeout),
-        tunnel::Error::HandshakeCut => Refusal::Handshake(HandshakeFailure::Io),
         tunnel::Error::Connect { .. } | tunnel::Error::ConnectTimedOut { .. } => Refusal::PeerUnreachable,
         tunnel::Error::Credentials { .. } | tunnel::Error::Bundle { .. } => Refusal::NoCertificate,
         _ => Refusal::Io,
     }
 }
 
-/// The handshake's failure, if it is one that the peers' certificates or protocols caused.
-pub fn failed_handshake(error: &tunnel::Error) -> Option<HandshakeFailure> {
-    match no_tunnel(error) {
-        Refusal::Handshake(failure) => Some(failure),
-        _ => None,
-    }
-}
-
-fn handshake_failure(failure: tunnel::HandshakeFailure) -> HandshakeFailure {
-    match failure {
-        tunnel::HandshakeFailure::UnknownCa => HandshakeFailure::UnknownCa,
-        tunnel::HandshakeFailure::Expired => HandshakeFailure::Expired,
-        tunnel::HandshakeFailure::WrongIdentity => HandshakeFailure::WrongIdentity,
-        tunnel::HandshakeFailure::WrongTrustDomain => HandshakeFailure::WrongTrustDomain,
-        tunnel::HandshakeFailure::NoCertificate => HandshakeFailure::NoCertificate,
-        tunnel::HandshakeFailure::Protocol => HandshakeFailure::Protocol,
-    }
-}
-
 /// What the client's agent is told.
 pub fn rejection(refusal: &Refusal) -> Rejection {
     let reason = match refusal {
-        Refusal::Denied(_) | Refusal::ForgedSource => RejectReason::Denied,
+        Refusal::Denied(_) | Refusal::ForgedSource | Refusal::Stale => RejectReason::Denied,
         Refusal::ConnectRefused => RejectReason::ConnectionRefused,
         Refusal::ConnectTimeout => RejectReason::TimedOut,
         Refusal::Overloaded => RejectReason::Unavailable,

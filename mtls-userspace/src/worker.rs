@@ -19,6 +19,7 @@ use tokio::task::AbortHandle;
 use crate::capture::{self, Listeners, LocalPod};
 use crate::config::SameNode;
 use crate::connection;
+use crate::direct::Direct;
 use crate::drain::Working;
 use crate::identity::Identities;
 use crate::mesh::{self, Workload};
@@ -39,6 +40,7 @@ pub struct Worker {
     /// Where plaintext that was let in is reported.
     pub plaintext: Arc<plaintext::Inbox>,
     pub same_node: SameNode,
+    pub direct: Arc<Direct>,
     /// Congestion control of loopback legs; `None` leaves the host's.
     pub congestion: Option<String>,
 }
@@ -85,7 +87,7 @@ impl Worker {
     pub fn neighbour(&self, workload: &Workload) -> Option<Arc<Pod>> {
         match self.same_node {
             SameNode::Encrypt => None,
-            SameNode::Relay => workload.addresses.iter().find_map(|ip| self.local.at(*ip)),
+            SameNode::Relay | SameNode::Direct => workload.addresses.iter().find_map(|ip| self.local.at(*ip)),
         }
     }
 

@@ -43,7 +43,10 @@ fn each_figure_gets_the_verdict_its_spread_allows() {
         ("more latency", false, [9.0, 10.0, 11.0], [19.0, 20.0, 21.0], "worse"),
     ];
     let side = |after: bool| -> Vec<Value> {
-        cases.iter().map(|(name, higher, a, b, _)| record("p", name, *higher, if after { *b } else { *a })).collect()
+        cases
+            .iter()
+            .map(|(name, higher, a, b, _)| record("p", name, *higher, if after { *b } else { *a }))
+            .collect()
     };
     // One as the comparison writes it, one as the benchmark does.
     let missing = json!([{ "path": "kernel", "why": "no CONFIG_TLS" }]);

@@ -218,6 +218,7 @@ fn facts() -> Facts {
         set_by: None,
         dry_run: None,
         is_served: true,
+        nodes: Default::default(),
         peers: Vec::new(),
         missed: Tally::default(),
     };

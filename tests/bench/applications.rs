@@ -36,7 +36,7 @@ struct Servers {
 }
 
 fn takes_part(way: &Way) -> bool {
-    matches!(way.carrier, Carrier::Kernel | Carrier::Mtls)
+    matches!(way.carrier, Carrier::Kernel | Carrier::Mtls | Carrier::Direct)
 }
 
 /// Measurements of one repetition.
@@ -52,7 +52,7 @@ pub fn run(world: &World, args: &Args, results: &mut Results, progress: &mut Pro
     let ways: Vec<&Way> = world.ways.iter().filter(|way| takes_part(way)).collect();
     let mut servers = Vec::new();
     for way in &ways {
-        let lab = if way.carrier == Carrier::Mtls { &world.meshed } else { &world.bare };
+        let lab = if way.carrier == Carrier::Kernel { &world.bare } else { &world.meshed };
         servers.push(start(lab, way).with_context(|| format!("applications of {}", way.name.path))?);
     }
     let seconds = args.seconds().ceil().to_string();

@@ -58,6 +58,10 @@ pub struct Args {
     #[arg(long, value_delimiter = ',', value_name = "WORKLOADS", num_args = 0..,
           default_missing_values = ["1000", "10000", "100000"])]
     pub scale: Option<Vec<usize>>,
+    /// Instead of all this: what following a Kubernetes cluster of so many pods costs an agent [default: 10000]
+    #[arg(long, value_delimiter = ',', value_name = "PODS", num_args = 0.., default_missing_values = ["10000"],
+          conflicts_with = "scale")]
+    pub cluster: Option<Vec<usize>>,
 }
 
 /// Kinds of measurement.
@@ -75,6 +79,8 @@ pub enum Kind {
     Memory,
     /// Time to the first byte between pods that never spoke
     Cold,
+    /// Time in the kernel half's programs per connection
+    Kernel,
     /// Latency beside another pod's bulk stream and idle connections
     Fairness,
 }

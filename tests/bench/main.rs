@@ -5,8 +5,10 @@
 
 mod applications;
 mod args;
+mod cluster;
 mod cost;
 mod fairness;
+mod kernel;
 mod measure;
 mod peers;
 mod scale;
@@ -42,9 +44,10 @@ fn main() -> Result<()> {
     let files = cost::raise_limits()?;
     fs::create_dir_all(&args.out).with_context(|| format!("make {}", args.out.display()))?;
     let mut results = Results::default();
-    let environment = match &args.scale {
-        Some(sizes) => scale::run(sizes, &mut results)?,
-        None => {
+    let environment = match (&args.scale, &args.cluster) {
+        (Some(sizes), _) => scale::run(sizes, &mut results)?,
+        (None, Some(sizes)) => cluster::run(sizes, &mut results)?,
+        (None, None) => {
             let mut world = World::build(&args, files)?;
             run(&mut world, &args, &mut results)?;
             world::environment(&world.ways.first().context("no paths")?.client)?
@@ -74,6 +77,9 @@ fn run(world: &mut World, args: &Args, results: &mut Results) -> Result<()> {
     if args.wants(Kind::Memory) {
         total += carried;
     }
+    if args.wants(Kind::Kernel) {
+        total += world.ways.iter().filter(|way| way.is_ours()).count() * args.repetitions;
+    }
     if args.applications {
         total += applications::count(world) * args.repetitions;
     }
@@ -92,6 +98,12 @@ fn run(world: &mut World, args: &Args, results: &mut Results) -> Result<()> {
         }
         if args.wants(Kind::Fairness) {
             neighbours(world, args, results, &mut progress);
+        }
+        if args.wants(Kind::Kernel) {
+            for way in world.ways.iter().filter(|way| way.is_ours()) {
+                let figures = world.agents().and_then(|agents| measure::kernel(way, &agents, args));
+                note(results, &mut progress, &way.name, "kernel half, new connections", figures, 0.0);
+            }
         }
         if args.wants(Kind::Cold) {
             cold(world, results, &mut progress)?;

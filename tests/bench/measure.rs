@@ -11,7 +11,8 @@ use serde_json::Value;
 
 use crate::args::Args;
 use crate::cost::{Agent, Clock};
-use crate::world::Way;
+use crate::kernel;
+use crate::world::{Carrier, Way};
 
 /// Figures, and how many CPUs others used meanwhile.
 pub struct Measured {
@@ -60,16 +61,35 @@ fn client(way: &Way, flags: &[&str], seconds: f64) -> Result<Value> {
     Running::start(command)?.finish_within(limit)?.success()?.json()
 }
 
-/// Makes sure that a way's agents carry what passes it, and warms everybody up.
+/// Makes sure that a way's agents carry what passes it, or don't, and warms everybody up.
 pub fn prove(way: &Way) -> Result<()> {
+    if way.carrier == Carrier::Direct {
+        client(way, &["first"], 1.0)?;
+    }
     let used = |agent: &Agent| Ok::<_, anyhow::Error>((agent.name, agent.cpu()?));
     let before: Vec<_> = way.agents.iter().map(used).collect::<Result<_>>()?;
     client(way, &["request"], 0.3)?;
     for (agent, (name, before)) in way.agents.iter().zip(before) {
         let used = agent.cpu()? - before;
-        ensure!(used > 0.005, "the {name} used {used:.4} s of CPU: connections don't pass through it");
+        match way.carrier {
+            Carrier::Direct => {
+                ensure!(used < 0.1, "the {name} used {used:.4} s of CPU: it carries connections")
+            }
+            _ => {
+                ensure!(used > 0.005, "the {name} used {used:.4} s of CPU: connections don't pass through it")
+            }
+        }
     }
     client(way, &["upload"], 0.2).map(drop)
+}
+
+/// What each of a way's connections costs in the programs of these processes.
+pub fn kernel(way: &Way, agents: &[u32], args: &Args) -> Result<Figures> {
+    kernel::cost(agents, || {
+        let report = client(way, &["connect"], args.seconds().min(1.0))?;
+        let made = report["all_exchanges"].as_f64().filter(|made| *made > 0.0);
+        made.with_context(|| format!("no connection was made: {report}"))
+    })
 }
 
 /// The first connection between two pods since the agents started.

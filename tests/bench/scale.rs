@@ -12,6 +12,7 @@ use mtls::results::{Compared, Environment, Figures, Metric, Progress, Results};
 use mtls_tests::{Lab, Mesh, Options, Pod, Running, mtls};
 use serde_json::{Value, json};
 
+use crate::kernel;
 use crate::world::PORT;
 
 const POLICIES: usize = 5000;
@@ -68,6 +69,23 @@ fn measure(lab: &Lab, mesh: &mut Mesh, client: &Pod, server: &Arc<Pod>, vip: &st
         let p50 = report["latency_us"]["p50"].as_f64().context("no latency")?;
         figures.push((metric(name, "µs"), p50));
     }
+    figures.extend(kernel::cost(&[pid], || {
+        let args = ["bench", "client", "--workload", "connect", "--seconds", "1", "--to", &address];
+        let report = client.run(&binary, &args)?.success()?.json()?;
+        report["all_exchanges"].as_f64().context("no exchanges")
+    })?);
+    for (name, to) in [("choosing an endpoint, one of one", vip), ("choosing an endpoint, of many", MANY)] {
+        let manifests = lab.dir().join("manifests").to_string_lossy().into_owned();
+        let from = client.ip().to_string();
+        let mut args = vec!["bench", "decide", "--manifests", &manifests, "--node", "node-a"];
+        args.extend(["--from", &from, "--to", to]);
+        let report = client.run_within(&binary, &args, PATIENCE)?.success().context(name)?.json()?;
+        figures.push((metric(name, "ns"), report["resolve_ns"].as_f64().context("no time")?));
+        if to == vip {
+            let authorize = report["authorize_ns"].as_f64().context("nobody is authorized")?;
+            figures.push((metric("judging by policy", "ns"), authorize));
+        }
+    }
     let deny = json!({ "action": "DENY", "rules": [{}] });
     let begun = Instant::now();
     lab.authorization_policy(server, "nobody", &deny)?;
@@ -81,14 +99,14 @@ fn measure(lab: &Lab, mesh: &mut Mesh, client: &Pod, server: &Arc<Pod>, vip: &st
     Ok(figures)
 }
 
-fn without_prefixes(args: &mut Vec<String>) {
+pub fn without_prefixes(args: &mut Vec<String>) {
     while let Some(at) = args.iter().position(|arg| arg == "--mesh-prefix") {
         args.drain(at..at + 2);
     }
 }
 
 /// Waits until connections pass, or don't.
-fn until(client: &Pod, address: &str, pass: bool) -> Result<()> {
+pub fn until(client: &Pod, address: &str, pass: bool) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while Instant::now() < deadline {
         let mut command = client.command(mtls()?);
@@ -101,7 +119,7 @@ fn until(client: &Pod, address: &str, pass: bool) -> Result<()> {
 }
 
 /// Kernel memory of the maps that a process holds.
-fn map_bytes(pid: u32) -> Result<u64> {
+pub fn map_bytes(pid: u32) -> Result<u64> {
     let mut seen = Vec::new();
     let mut total = 0;
     for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))?.flatten() {
@@ -127,7 +145,38 @@ fn generate(lab: &Lab, workloads: usize) -> Result<()> {
     write(lab, "generated-pods", workloads, pod)?;
     write(lab, "generated-services", services(workloads), service)?;
     write(lab, "generated-slices", services(workloads), slice)?;
-    write(lab, "generated-policies", POLICIES, policy)
+    write(lab, "generated-policies", POLICIES, policy)?;
+    many(lab, workloads.min(SERVICES))
+}
+
+/// A Service with as many endpoints as there are services.
+const MANY: &str = "10.113.0.1:80";
+
+fn many(lab: &Lab, endpoints: usize) -> Result<()> {
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": { "name": "many", "namespace": "team-0" },
+        "spec": {
+            "clusterIP": "10.113.0.1", "clusterIPs": ["10.113.0.1"],
+            "ports": [{ "name": "http", "port": 80, "targetPort": 8080, "protocol": "TCP" }],
+        },
+    });
+    let slice = |first: usize| {
+        let endpoint = |number| json!({ "addresses": [ip(number)], "conditions": { "ready": true } });
+        let endpoints: Vec<Value> = (first..endpoints.min(first + FILE)).map(endpoint).collect();
+        json!({
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+            "metadata": {
+                "name": format!("many-{first}"), "namespace": "team-0",
+                "labels": { "kubernetes.io/service-name": "many" },
+            },
+            "addressType": "IPv4", "ports": [{ "name": "http", "port": 8080, "protocol": "TCP" }],
+            "endpoints": endpoints,
+        })
+    };
+    let slices = (0..endpoints).step_by(FILE).map(slice);
+    let documents: Vec<String> = std::iter::once(service).chain(slices).map(|it| it.to_string()).collect();
+    lab.write_text("generated-many.yaml", &documents.join("\n---\n"))
 }
 
 fn write(lab: &Lab, name: &str, count: usize, object: fn(usize) -> Value) -> Result<()> {

@@ -32,11 +32,19 @@ pub struct Way {
     pub sockets: u64,
 }
 
+impl Way {
+    pub fn is_ours(&self) -> bool {
+        matches!(self.carrier, Carrier::Mtls | Carrier::Direct)
+    }
+}
+
 /// Who carries a way's connections.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Carrier {
     Kernel,
     Mtls,
+    /// Our kernel half, once our agent has let the first connection of a pair in.
+    Direct,
     /// By position in [`World`].
     Peer(usize),
 }
@@ -57,6 +65,7 @@ pub struct World {
 
 pub const PLAIN: &str = "plain";
 pub const MTLS: &str = "mtls";
+const NODES: [&str; 3] = ["node-a", "node-b", "node-c"];
 pub const PLAIN_NEAR: &str = "plain, same node";
 /// Everything that anything here listens on: not to be taken by a client's end of a connection.
 const LISTENED_ON: &str = "5201,5432,6379,7000-7001,8080,15000-15100,15443";
@@ -65,7 +74,7 @@ const BESIDE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7001
 
 impl World {
     pub fn build(args: &Args, files: u64) -> Result<Self> {
-        let (meshed, bare) = (Lab::two_nodes()?, Lab::two_nodes()?);
+        let (meshed, bare) = (Lab::with_nodes(&NODES)?, Lab::two_nodes()?);
         let mut ways = plain(&bare)?;
         ways.extend(ours(&meshed)?);
         let wanted = peers::wanted(args)?;
@@ -105,14 +114,14 @@ impl World {
     pub fn restart(&mut self, carrier: Carrier) -> Result<()> {
         match carrier {
             Carrier::Kernel => {}
-            Carrier::Mtls => {
-                for node in ["node-a", "node-b"] {
+            Carrier::Mtls | Carrier::Direct => {
+                for node in NODES {
                     self.mesh.agent(node).kill();
                 }
-                for node in ["node-a", "node-b"] {
+                for node in NODES {
                     self.mesh.agent(node).launch()?;
                 }
-                for node in ["node-a", "node-b"] {
+                for node in NODES {
                     self.mesh.agent(node).await_ready()?;
                 }
             }
@@ -125,6 +134,11 @@ impl World {
     pub fn idle_counts(&self, way: &Way, args: &Args) -> Vec<usize> {
         let most = connections(self.files, way.sockets);
         distinct(args.idle.iter().map(|count| most.min(*count)))
+    }
+
+    /// Our agents' processes.
+    pub fn agents(&self) -> Result<Vec<u32>> {
+        self.mesh.pids().context("an agent does not run")
     }
 
     /// Whether every load server still runs.
@@ -161,10 +175,10 @@ fn plain(lab: &Lab) -> Result<Vec<Way>> {
     Ok(vec![far, near])
 }
 
-/// The agent of `node-a` relays what stays on it, that of `node-b` encrypts it.
+/// The agent of `node-a` relays what stays on it, that of `node-b` encrypts it, that of `node-c` lets it go directly.
 fn ours(lab: &Lab) -> Result<Vec<Way>> {
     let cgroup = |node: &str| Ok::<_, anyhow::Error>(lab.node(node)?.cgroup().join("agent"));
-    let (a, b) = (cgroup("node-a")?, cgroup("node-b")?);
+    let (a, b, c) = (cgroup("node-a")?, cgroup("node-b")?, cgroup("node-c")?);
     let near = |name, node, prefix: &str, cgroup| {
         Ok::<_, anyhow::Error>(way(
             compared(name, Some(PLAIN_NEAR)),
@@ -177,6 +191,10 @@ fn ours(lab: &Lab) -> Result<Vec<Way>> {
     let mut encrypt = near("mtls, same node, encrypt", "node-b", "encrypt", &b)?;
     // Both ends of the tunnel are its own.
     encrypt.sockets = 4;
+    let mut direct = near("mtls, same node, direct", "node-c", "direct", &c)?;
+    direct.carrier = Carrier::Direct;
+    // The load client's own.
+    direct.sockets = 1;
     Ok(vec![
         way(
             compared(MTLS, Some(PLAIN)),
@@ -187,6 +205,7 @@ fn ours(lab: &Lab) -> Result<Vec<Way>> {
         ),
         near("mtls, same node, relay", "node-a", "relay", &a)?,
         encrypt,
+        direct,
     ])
 }
 
@@ -253,10 +272,12 @@ fn tune(lab: &Lab, congestion_control: Option<&str>) -> Result<()> {
 
 fn start_mesh(lab: &Lab) -> Result<Mesh> {
     let mut mesh = Mesh::start_with(lab, &Options::default())?;
-    let agent = mesh.agent("node-b");
-    agent.kill();
-    let mode = agent.args().iter().position(|arg| arg == "--same-node").context("no --same-node")?;
-    agent.args()[mode + 1] = "encrypt".into();
-    agent.start()?;
+    for (node, mode) in [("node-b", "encrypt"), ("node-c", "direct")] {
+        let agent = mesh.agent(node);
+        agent.kill();
+        let at = agent.args().iter().position(|arg| arg == "--same-node").context("no --same-node")?;
+        agent.args()[at + 1] = mode.into();
+        agent.start()?;
+    }
     Ok(mesh)
 }

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType, ExtendedKeyUsagePurpose,
+    IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber,
 };
 use time::{Duration, OffsetDateTime};
 
@@ -57,6 +57,31 @@ impl Forger {
     pub fn sign_expired(&self, dir: &Path, name: &str, id: &str) -> Result<Credentials> {
         let now = OffsetDateTime::now_utc();
         self.sign_for(dir, name, id, now - Duration::hours(2), now - Duration::hours(1))
+    }
+
+    /// The authority's revocation list with these serial numbers (hexadecimal) in it.
+    pub fn revoke(&self, number: u64, serials: &[&str]) -> Result<String> {
+        let now = OffsetDateTime::now_utc();
+        let entry = |serial: &&str| {
+            let digits = serial.as_bytes().chunks(2);
+            let bytes = digits.map(|pair| Ok(u8::from_str_radix(std::str::from_utf8(pair)?, 16)?));
+            let serial = bytes.collect::<Result<Vec<u8>>>()?;
+            Ok(RevokedCertParams {
+                serial_number: SerialNumber::from(serial),
+                revocation_time: now,
+                reason_code: None,
+                invalidity_date: None,
+            })
+        };
+        let list = CertificateRevocationListParams {
+            this_update: now,
+            next_update: now + Duration::days(1),
+            crl_number: SerialNumber::from(number),
+            issuing_distribution_point: None,
+            revoked_certs: serials.iter().map(entry).collect::<Result<_>>()?,
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        Ok(list.signed_by(&self.issuer)?.pem()?)
     }
 
     fn sign_for(

@@ -2,14 +2,18 @@
 //!
 //! Files appear and change whole (written elsewhere, then renamed), so that a reader never sees half of one.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use crate::kubernetes::ApiServer;
 use crate::network::plan;
 use crate::{Lab, Pod};
+
+/// Where API servers listen.
+const API_PORT: u16 = 6443;
 
 /// A declared container or Service port.
 #[derive(Clone, Debug)]
@@ -56,7 +60,30 @@ impl Lab {
     /// Puts a manifest into force, replacing one of the same kind and name.
     pub(crate) fn write(&self, manifest: &Manifest) -> Result<()> {
         let text = serde_yaml_ng::to_string(&manifest.object)?;
-        self.write_text(&manifest.file, &text)
+        self.write_text(&manifest.file, &text)?;
+        self.api.get().map_or(Ok(()), |api| api.apply(&manifest.object).map(drop))
+    }
+
+    /// An API server on the first node that has what the manifests have, and follows them from then on.
+    pub fn api_server(&self) -> Result<&ApiServer> {
+        if let Some(api) = self.api.get() {
+            return Ok(api);
+        }
+        let node = self.nodes().first().context("a lab without nodes")?;
+        let listener = node.netns().within(|| TcpListener::bind(SocketAddr::new(node.ip(), API_PORT)))?;
+        let api = ApiServer::start(listener)?;
+        for (at, node) in self.nodes().iter().enumerate() {
+            let role = if at == 0 { "control-plane" } else { "worker" };
+            let labels = json!({ format!("node-role.kubernetes.io/{role}"): "" });
+            api.apply(&json!({
+                "apiVersion": "v1", "kind": "Node", "metadata": { "name": node.name(), "labels": labels },
+                "status": { "addresses": [{ "type": "InternalIP", "address": node.ip() }] },
+            }))?;
+        }
+        for entry in std::fs::read_dir(self.dir().join("manifests"))? {
+            api.apply(&serde_yaml_ng::from_str(&std::fs::read_to_string(entry?.path())?)?)?;
+        }
+        Ok(self.api.get_or_init(|| api))
     }
 
     /// Puts any text where agents look for manifests.
@@ -70,6 +97,9 @@ impl Lab {
     /// Takes a manifest away.
     pub fn remove_file(&self, file: &str) -> Result<()> {
         let target = self.dir().join("manifests").join(file);
+        if let Some(api) = self.api.get() {
+            api.delete(&serde_yaml_ng::from_str(&std::fs::read_to_string(&target)?)?)?;
+        }
         std::fs::remove_file(&target).with_context(|| format!("remove {}", target.display()))
     }
 

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
+use crate::kubernetes::lab as cluster;
 use crate::network::plan;
 use crate::process::{Finished, Running};
 use crate::{Lab, Node, Response, http_get, requirements};
@@ -26,6 +27,8 @@ pub struct Options {
     pub drain_seconds: u32,
     pub leaf_lifetime: &'static str,
     pub trust_domain: &'static str,
+    /// Agents and the authority follow the lab's API server, as in a cluster, instead of the directory of manifests.
+    pub kubernetes: bool,
     /// Further flags for `mtls node`.
     pub node_flags: Vec<String>,
 }
@@ -37,6 +40,7 @@ impl Default for Options {
             drain_seconds: 2,
             leaf_lifetime: "24h",
             trust_domain: "cluster.local",
+            kubernetes: false,
             node_flags: Vec::new(),
         }
     }
@@ -65,6 +69,9 @@ impl Mesh {
             std::fs::write(token_file(dir, node), token)?;
         }
         std::fs::write(dir.join("tokens.yaml"), tokens)?;
+        if options.kubernetes {
+            cluster::give_access(lab)?;
+        }
         let ca_dir = dir.join("ca");
         std::fs::create_dir_all(&ca_dir)?;
         let mut mesh = Self { ca: None, agents: Vec::new(), ca_dir };
@@ -84,6 +91,11 @@ impl Mesh {
     pub fn agent(&mut self, node: &str) -> &mut Agent {
         let known = self.agents.iter_mut().find(|agent| agent.node.name() == node);
         known.unwrap_or_else(|| panic!("no agent on {node}"))
+    }
+
+    /// Process ids of the agents; none if one doesn't run.
+    pub fn pids(&self) -> Option<Vec<u32>> {
+        self.agents.iter().map(Agent::pid).collect()
     }
 
     /// Where the authority keeps its key: tests sign certificates of their own with it.
@@ -122,7 +134,6 @@ impl Agent {
         let mut args = vec!["node".to_owned()];
         for (flag, value) in [
             ("--node", node.name().to_owned()),
-            ("--manifests", path(&dir.join("manifests"))),
             ("--ca-address", format!("https://{ca}:{CA_PORT}")),
             ("--ca-root", path(&root_file(dir))),
             ("--ca-token-file", path(&token_file(dir, node))),
@@ -136,6 +147,12 @@ impl Agent {
             ("--drain", options.drain_seconds.to_string()),
         ] {
             args.extend([flag.to_owned(), value]);
+        }
+        if options.kubernetes {
+            args.push("--trust-pod-annotations".to_owned());
+            args.extend(["--kubeconfig".to_owned(), path(&cluster::kubeconfig(dir, "agent"))]);
+        } else {
+            args.extend(["--manifests".to_owned(), path(&dir.join("manifests"))]);
         }
         for prefix in plan::MESH_PREFIXES {
             args.extend(["--mesh-prefix".to_owned(), prefix.to_owned()]);
@@ -358,12 +375,19 @@ fn start_ca(lab: &Lab, node: &Arc<Node>, options: &Options) -> Result<Running> {
     let mut command = node.command_in("agent", requirements::mtls()?);
     command.arg("ca").arg("--listen").arg(listen.to_string());
     command.arg("--trust-domain").arg(options.trust_domain);
-    command.arg("--ca-dir").arg(dir.join("ca")).arg("--root-out").arg(root_file(dir));
-    command.arg("--manifests").arg(dir.join("manifests")).arg("--tokens").arg(dir.join("tokens.yaml"));
+    if options.kubernetes {
+        command.arg("--kubeconfig").arg(cluster::kubeconfig(dir, "ca"));
+    } else {
+        command.arg("--ca-dir").arg(dir.join("ca")).arg("--root-out").arg(root_file(dir));
+        command.arg("--manifests").arg(dir.join("manifests")).arg("--tokens").arg(dir.join("tokens.yaml"));
+    }
     command.arg("--leaf-lifetime").arg(options.leaf_lifetime);
     let log = dir.join("ca.log");
     let mut ca = Running::start_logged(command, &log, &log)?;
     let serving = eventually(Duration::from_secs(20), || {
+        if options.kubernetes {
+            cluster::mount_roots(lab, &root_file(dir));
+        }
         let up =
             root_file(dir).exists() && node.netns().within(|| std::net::TcpStream::connect(listen)).is_ok();
         (up || !ca.alive()).then_some(up)
@@ -381,7 +405,7 @@ fn root_file(dir: &Path) -> PathBuf {
     dir.join("root-cert.pem")
 }
 
-fn token_file(dir: &Path, node: &Node) -> PathBuf {
+pub(crate) fn token_file(dir: &Path, node: &Node) -> PathBuf {
     dir.join(format!("{}.token", node.name()))
 }
 

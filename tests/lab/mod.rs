@@ -27,7 +27,7 @@ mod wire;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, Once};
+use std::sync::{Arc, Mutex, Once, OnceLock};
 
 use anyhow::{Context, Result, ensure};
 
@@ -57,6 +57,7 @@ pub struct Lab {
     nodes: Vec<Arc<Node>>,
     services: AtomicU8,
     pods: Mutex<Vec<Arc<Pod>>>,
+    api: OnceLock<kubernetes::ApiServer>,
 }
 
 impl Lab {
@@ -101,6 +102,7 @@ impl Lab {
             nodes,
             services: AtomicU8::new(10),
             pods: Mutex::new(Vec::new()),
+            api: OnceLock::new(),
         };
         lab.namespace("shop", true)?;
         lab.namespace("outside", false)?;

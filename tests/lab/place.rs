@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::Value;
@@ -233,6 +234,13 @@ impl Pod {
         let mut command = self.command(program);
         command.args(args);
         Running::start(command)?.finish()
+    }
+
+    /// As [`run`](Self::run), for what may take longer than anything should.
+    pub fn run_within(&self, program: &str, args: &[&str], limit: Duration) -> Result<Finished> {
+        let mut command = self.command(program);
+        command.args(args);
+        Running::start(command)?.finish_within(limit)
     }
 
     /// Starts a command and lets it run.

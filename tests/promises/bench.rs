@@ -9,8 +9,14 @@ use serde_json::Value;
 
 use crate::needs;
 
-const PATHS: [&str; 5] =
-    ["plain", "plain, same node", "mtls", "mtls, same node, relay", "mtls, same node, encrypt"];
+const PATHS: [&str; 6] = [
+    "plain",
+    "plain, same node",
+    "mtls",
+    "mtls, same node, relay",
+    "mtls, same node, encrypt",
+    "mtls, same node, direct",
+];
 
 fn bench(args: &[&str]) -> Result<std::process::Output> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_bench"));
@@ -33,8 +39,9 @@ fn a_short_run_leaves_records_and_a_page_for_every_path() -> Result<()> {
         let of_path: Vec<&Value> = records.iter().filter(|record| record["path"] == path).collect();
         let workloads: BTreeSet<&str> = of_path.iter().filter_map(|r| r["workload"].as_str()).collect();
         let plain = path.starts_with("plain");
-        // Ten loads and a first connection; memory of idle connections where there are agents; neighbours between nodes.
-        let expected = 11 + usize::from(!plain) + 2 * usize::from(["plain", "mtls"].contains(&path));
+        // Ten loads and a first connection; memory of idle connections and the kernel half where there are agents;
+        // neighbours between nodes.
+        let expected = 11 + 2 * usize::from(!plain) + 2 * usize::from(["plain", "mtls"].contains(&path));
         assert_eq!(workloads.len(), expected, "{path}: {workloads:?}");
         for record in &of_path {
             let number = |key: &str| record[key].as_f64().with_context(|| format!("no {key}: {record}"));
@@ -43,14 +50,16 @@ fn a_short_run_leaves_records_and_a_page_for_every_path() -> Result<()> {
             assert_eq!(record["congestion_control"], "reno");
             let compared = !plain
                 && !matches!(record["metric"].as_str(), Some("agents' CPU"))
-                && !record["unit"].as_str().is_some_and(|unit| unit.starts_with("bytes"));
+                && !record["unit"]
+                    .as_str()
+                    .is_some_and(|unit| unit.starts_with("bytes") || unit == "ns/connection");
             assert_eq!(record["ratio"].is_number(), compared, "{record}");
         }
         let agents = of_path.iter().filter(|record| record["metric"] == "agents' CPU").count();
         assert_eq!(agents, if plain { 0 } else { 10 }, "{path}");
         assert!(page.contains(&format!("<td>{path}<td>")), "{path} is not on the page");
     }
-    assert!(said.contains("measurements on 5 paths") && page.ends_with("</html>\n"), "{said}");
+    assert!(said.contains("measurements on 6 paths") && page.ends_with("</html>\n"), "{said}");
     Ok(())
 }
 

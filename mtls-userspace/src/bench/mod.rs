@@ -11,6 +11,7 @@ use serde::Serialize;
 mod bulk;
 mod client;
 mod connect;
+mod decide;
 mod idle;
 mod paced;
 mod poll;
@@ -19,6 +20,7 @@ mod server;
 mod tally;
 
 pub use client::run;
+pub use decide::{Decisions, decide};
 pub use server::{Server, serve};
 
 /// What a client does.

@@ -1,6 +1,7 @@
 //! The signing half: a checked request in, a chain out. Asks nobody who is calling.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rcgen::{
@@ -11,8 +12,9 @@ use rcgen::{
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, UnixTime};
 use zeroize::Zeroize;
 
-use super::{Error, directory, request::Request};
-use crate::identity::{Certificate, SpiffeId, TrustDomain, to_pem};
+use super::directory::{self, Contents, Stored};
+use super::{Error, request::Request};
+use crate::identity::{Certificate, Revocations, SpiffeId, TrustDomain, to_pem};
 
 /// Certificates are dated back by this much, for peers whose clocks are behind.
 const DATED_BACK: Duration = Duration::from_secs(60);
@@ -27,6 +29,7 @@ pub struct CertificateAuthority {
     /// From the signing certificate towards the root, roots left out; empty when a root signs.
     intermediates: Vec<CertificateDer<'static>>,
     roots: Vec<CertificateDer<'static>>,
+    revocations: Arc<Revocations>,
     /// The earliest end among signing certificate and intermediates.
     not_after: SystemTime,
     leaf_lifetime: Duration,
@@ -36,7 +39,7 @@ impl CertificateAuthority {
     /// Makes a root that ends with this process.
     pub fn in_memory(trust_domain: TrustDomain, leaf_lifetime: Duration) -> Result<Self, Error> {
         let (root, key) = make_root(&trust_domain)?;
-        Self::new(trust_domain, leaf_lifetime, &root, key, Vec::new(), vec![root.clone()])
+        Self::new(trust_domain, leaf_lifetime, Stored::root(root, key))
     }
 
     /// Reads the authority from a directory laid out as Istio's `cacerts`; makes a root there if it has none of the
@@ -50,9 +53,9 @@ impl CertificateAuthority {
             Some(stored) => stored,
             None => {
                 let (root, key) = make_root(&trust_domain)?;
-                directory::write(dir, &root, &key.0)?;
+                directory::write(dir, &Contents::root(&root, &key))?;
                 tracing::info!(dir = %dir.display(), "made a root, because the directory had none");
-                directory::Stored { signer: root.clone(), key, intermediates: Vec::new(), roots: vec![root] }
+                Stored::root(root, key)
             }
         };
         Self::proven(dir, trust_domain, leaf_lifetime, stored)
@@ -72,14 +75,20 @@ impl CertificateAuthority {
         Self::proven(dir, trust_domain, leaf_lifetime, stored)
     }
 
-    fn proven(
+    /// The files of a root made now.
+    pub(super) fn new_root(trust_domain: &TrustDomain) -> Result<Contents, Error> {
+        let (root, key) = make_root(trust_domain)?;
+        Ok(Contents::root(&root, &key))
+    }
+
+    /// An authority of files that are kept anywhere; `dir` names the place in errors.
+    pub(super) fn proven(
         dir: &Path,
         trust_domain: TrustDomain,
         leaf_lifetime: Duration,
-        stored: directory::Stored,
+        stored: Stored,
     ) -> Result<Self, Error> {
-        let directory::Stored { signer, key, intermediates, roots } = stored;
-        let authority = Self::new(trust_domain, leaf_lifetime, &signer, key, intermediates, roots)?;
+        let authority = Self::new(trust_domain, leaf_lifetime, stored)?;
         authority.prove().map_err(|fault| match fault {
             Unproven::Chain(source) => Error::Chain { dir: dir.into(), source },
             Unproven::Own(error) => error,
@@ -87,29 +96,26 @@ impl CertificateAuthority {
         Ok(authority)
     }
 
-    fn new(
-        trust_domain: TrustDomain,
-        leaf_lifetime: Duration,
-        signer: &CertificateDer<'static>,
-        key: SigningKey,
-        intermediates: Vec<CertificateDer<'static>>,
-        roots: Vec<CertificateDer<'static>>,
-    ) -> Result<Self, Error> {
-        let issuer = Issuer::from_ca_cert_der(signer, key)
+    fn new(trust_domain: TrustDomain, leaf_lifetime: Duration, stored: Stored) -> Result<Self, Error> {
+        let Stored { signer, key, intermediates, roots, revocations } = stored;
+        let issuer = Issuer::from_ca_cert_der(&signer, key)
             .map_err(|source| Error::Make { what: "an issuer of the signing certificate", source })?;
-        let not_after = std::iter::once(signer)
+        let not_after = std::iter::once(&signer)
             .chain(&intermediates)
             .filter_map(|certificate| Certificate::parse(certificate).ok())
             .map(|certificate| certificate.not_after)
             .min()
             .unwrap_or(SystemTime::UNIX_EPOCH);
-        let signer = signer.clone();
-        Ok(Self { trust_domain, signer, issuer, intermediates, roots, not_after, leaf_lifetime })
+        let revocations = Arc::new(revocations);
+        Ok(Self { trust_domain, signer, issuer, intermediates, roots, revocations, not_after, leaf_lifetime })
     }
 
-    /// Whether both sign with the same certificate and vouch by the same chain and roots.
+    /// Whether both sign with the same certificate, vouch by the same chain and roots, and revoke the same.
     pub(super) fn same_as(&self, other: &Self) -> bool {
-        self.signer == other.signer && self.intermediates == other.intermediates && self.roots == other.roots
+        self.signer == other.signer
+            && self.intermediates == other.intermediates
+            && self.roots == other.roots
+            && self.revocations == other.revocations
     }
 
     pub fn trust_domain(&self) -> &TrustDomain {
@@ -118,6 +124,10 @@ impl CertificateAuthority {
 
     pub fn roots(&self) -> &[CertificateDer<'static>] {
         &self.roots
+    }
+
+    pub fn revocations(&self) -> &Revocations {
+        &self.revocations
     }
 
     /// What agents need to trust this authority.
@@ -235,7 +245,7 @@ impl CertificateAuthority {
                     UnixTime::now(),
                     webpki::KeyUsage::client_auth(),
                     None,
-                    None,
+                    Some(&|path| self.revocations.check(path)),
                 )
                 .map(|_| ())
             })

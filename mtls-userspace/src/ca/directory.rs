@@ -1,4 +1,5 @@
-//! The authority's directory, laid out as Istio's `cacerts`: four PEM files in, or a self-made root out.
+//! The authority's PEM files, four and revocation lists if there are any, laid out as Istio's `cacerts`, in a directory or kept elsewhere: their content in, or a
+//! self-made root out.
 //!
 //! Judges each file by itself and the key against its certificate; whether the whole leads to a root is tried by
 //! signing. Never changes a directory that has any of the files.
@@ -16,14 +17,17 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::authority::SigningKey;
 use super::{CertificateAuthority, Error};
-use crate::identity::{Certificate, pem_certificates, to_pem};
+use crate::identity::{Certificate, Revocations, pem_certificates, to_pem};
 
 const SIGNER: &str = "ca-cert.pem";
 const KEY: &str = "ca-key.pem";
 const CHAIN: &str = "cert-chain.pem";
 const ROOTS: &str = "root-cert.pem";
 /// What makes a directory an authority's.
-pub(super) const FILES: [&str; 4] = [SIGNER, KEY, CHAIN, ROOTS];
+const NEEDED: [&str; 4] = [SIGNER, KEY, CHAIN, ROOTS];
+const REVOKED: &str = "ca-crl.pem";
+/// All that counts in a directory.
+pub(super) const FILES: [&str; 5] = [SIGNER, KEY, CHAIN, ROOTS, REVOKED];
 
 /// What a directory holds.
 pub(super) struct Stored {
@@ -32,47 +36,120 @@ pub(super) struct Stored {
     /// From the signing certificate towards the root, roots left out.
     pub intermediates: Vec<CertificateDer<'static>>,
     pub roots: Vec<CertificateDer<'static>>,
+    pub revocations: Revocations,
+}
+
+impl Stored {
+    /// A root that signs by itself.
+    pub fn root(root: CertificateDer<'static>, key: SigningKey) -> Self {
+        let (signer, roots) = (root.clone(), vec![root]);
+        Self { signer, key, intermediates: Vec::new(), roots, revocations: Revocations::default() }
+    }
+}
+
+/// The files' content, wherever they are kept. The key is overwritten when dropped.
+pub(super) struct Contents {
+    pub signer: Vec<u8>,
+    pub key: Zeroizing<Vec<u8>>,
+    pub chain: Vec<u8>,
+    pub roots: Vec<u8>,
+    pub revoked: Option<Vec<u8>>,
+}
+
+impl Contents {
+    /// Of what `content` gives for each name; `None` when it has none of them. `place` is for errors.
+    pub(super) fn of(
+        place: &Path,
+        mut content: impl FnMut(&'static str) -> Result<Option<Vec<u8>>, Error>,
+    ) -> Result<Option<Self>, Error> {
+        let revoked = content(REVOKED)?;
+        let [signer, key, chain, roots] = NEEDED;
+        match (content(signer)?, content(key)?.map(Zeroizing::new), content(chain)?, content(roots)?) {
+            (Some(signer), Some(key), Some(chain), Some(roots)) => {
+                Ok(Some(Self { signer, key, chain, roots, revoked }))
+            }
+            // A revocation list alone is a mistake, and no reason to make a root.
+            (None, None, None, None) if revoked.is_none() => Ok(None),
+            (signer, key, chain, roots) => {
+                let there = [signer.is_some(), key.is_some(), chain.is_some(), roots.is_some()];
+                let names =
+                    |wanted| NEEDED.into_iter().zip(there).filter(move |it| it.1 == wanted).map(|it| it.0);
+                let list = revoked.is_some().then_some(REVOKED);
+                let (found, missing) = (names(true).chain(list).collect(), names(false).collect());
+                Err(Error::Incomplete { dir: place.into(), found, missing })
+            }
+        }
+    }
+
+    /// A self-made root: signing certificate, chain and root are one.
+    pub(super) fn root(root: &CertificateDer<'static>, key: &SigningKey) -> Self {
+        let pem = to_pem([root]).into_bytes();
+        let key = Zeroizing::new(key.0.serialize_pem().into_bytes());
+        Self { signer: pem.clone(), key, chain: pem.clone(), roots: pem, revoked: None }
+    }
+
+    /// Those that an authority needs, with the names that they are kept under.
+    pub(super) fn named(&self) -> [(&'static str, &[u8]); 4] {
+        let [signer, key, chain, roots] = NEEDED;
+        [(signer, &self.signer), (key, &self.key), (chain, &self.chain), (roots, &self.roots)]
+    }
+
+    /// Judges each by itself and the key against its certificate.
+    pub(super) fn understood(&self, place: &Path) -> Result<Stored, Error> {
+        let [signer_path, key_path, chain_path, roots_path, revoked_path] =
+            FILES.map(|name| place.join(name));
+        let signer = signer(&signer_path, &self.signer)?;
+        let key = key(&key_path, &self.key)?;
+        let certificate = facts(&signer_path, &signer)?;
+        if key.subject_public_key_info() != certificate.public_key {
+            return Err(Error::KeyMismatch { certificate: signer_path, key: key_path });
+        }
+        let roots = roots(&roots_path, &self.roots)?;
+        let intermediates = intermediates(&chain_path, &self.chain, &signer, &certificate)?;
+        let revocations = match &self.revoked {
+            Some(pem) => {
+                let authorities: Vec<_> = intermediates.iter().chain(&roots).cloned().collect();
+                revocations(&revoked_path, pem, &authorities)?
+            }
+            None => Revocations::default(),
+        };
+        Ok(Stored { signer, key, intermediates, roots, revocations })
+    }
 }
 
 /// `None` when the directory has none of the files, or doesn't exist.
 pub(super) fn read(dir: &Path) -> Result<Option<Stored>, Error> {
-    let mut found = Vec::new();
-    let mut missing = Vec::new();
-    for name in FILES {
+    let contents = Contents::of(dir, |name| {
         let path = dir.join(name);
-        let there = path.try_exists().map_err(|source| Error::File { attempt: "look for", path, source })?;
-        if there { found.push(name) } else { missing.push(name) }
-    }
-    if found.is_empty() {
-        return Ok(None);
-    }
-    if !missing.is_empty() {
-        return Err(Error::Incomplete { dir: dir.into(), found, missing });
-    }
-    let (signer_path, key_path) = (dir.join(SIGNER), dir.join(KEY));
-    let signer = signer(&signer_path)?;
-    let key = key(&key_path)?;
-    let certificate = facts(&signer_path, &signer)?;
-    if key.subject_public_key_info() != certificate.public_key {
-        return Err(Error::KeyMismatch { certificate: signer_path, key: key_path });
-    }
-    let roots = roots(&dir.join(ROOTS))?;
-    let intermediates = intermediates(&dir.join(CHAIN), &signer, &certificate)?;
-    Ok(Some(Stored { signer, key, intermediates, roots }))
+        match fs::read(&path) {
+            Ok(content) => {
+                if name == KEY {
+                    warn_if_public(&path);
+                }
+                Ok(Some(content))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(Error::File { attempt: "read", path, source }),
+        }
+    })?;
+    contents.map(|contents| contents.understood(dir)).transpose()
 }
 
-/// Stores a self-made root: signing certificate, chain and root are one.
-pub(super) fn write(dir: &Path, root: &CertificateDer<'static>, key: &KeyPair) -> Result<(), Error> {
+fn warn_if_public(path: &Path) {
+    if fs::metadata(path).is_ok_and(|metadata| metadata.permissions().mode() & 0o004 != 0) {
+        tracing::warn!(path = %path.display(), "everybody can read the authority's key: chmod 600");
+    }
+}
+
+/// Stores a self-made root.
+pub(super) fn write(dir: &Path, contents: &Contents) -> Result<(), Error> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|source| Error::File {
         attempt: "make the CA directory",
         path: dir.into(),
         source,
     })?;
-    let key = Zeroizing::new(key.serialize_pem());
-    let root = to_pem([root]);
-    replace(&dir.join(KEY), key.as_bytes(), 0o600)?;
-    for name in [SIGNER, CHAIN, ROOTS] {
-        replace(&dir.join(name), root.as_bytes(), 0o644)?;
+    for (name, content) in contents.named() {
+        replace(&dir.join(name), content, if name == KEY { 0o600 } else { 0o644 })?;
     }
     Ok(())
 }
@@ -106,8 +183,8 @@ impl Drop for Draft {
     }
 }
 
-fn signer(path: &Path) -> Result<CertificateDer<'static>, Error> {
-    let mut certificates = certificates(path)?;
+fn signer(path: &Path, pem: &[u8]) -> Result<CertificateDer<'static>, Error> {
+    let mut certificates = certificates(path, pem)?;
     let count = certificates.len();
     let Some(signer) = certificates.pop().filter(|_| count == 1) else {
         return Err(Error::SeveralSigners { path: path.into(), count });
@@ -118,8 +195,8 @@ fn signer(path: &Path) -> Result<CertificateDer<'static>, Error> {
     Ok(signer)
 }
 
-fn roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
-    let roots = certificates(path)?;
+fn roots(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
+    let roots = certificates(path, pem)?;
     let mut expired = None;
     let mut valid = 0;
     for root in &roots {
@@ -145,6 +222,7 @@ fn roots(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
 
 fn intermediates(
     path: &Path,
+    pem: &[u8],
     signer: &CertificateDer<'static>,
     facts_of_signer: &Certificate,
 ) -> Result<Vec<CertificateDer<'static>>, Error> {
@@ -153,7 +231,7 @@ fn intermediates(
     if !facts_of_signer.self_issued {
         intermediates.push(signer.clone());
     }
-    for link in certificates(path)? {
+    for link in certificates(path, pem)? {
         let certificate = facts(path, &link)?;
         may_sign(path, &certificate)?;
         if certificate.self_issued || intermediates.contains(&link) {
@@ -165,20 +243,20 @@ fn intermediates(
     Ok(intermediates)
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
-    let pem = fs::read(path).map_err(|source| Error::File { attempt: "read", path: path.into(), source })?;
-    pem_certificates(&pem).map_err(|source| Error::Certificates { path: path.into(), source })
+/// Each list must be by an authority of this directory: another's would revoke nothing.
+fn revocations(path: &Path, pem: &[u8], authorities: &[CertificateDer<'_>]) -> Result<Revocations, Error> {
+    Revocations::from_pem(pem, authorities)
+        .and_then(|lists| lists.issued_by(authorities).map(|()| lists))
+        .map_err(|source| Error::Revocations { path: path.into(), source })
 }
 
-fn key(path: &Path) -> Result<SigningKey, Error> {
-    let failed = |source| Error::File { attempt: "read", path: path.into(), source };
+fn certificates(path: &Path, pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Error> {
+    pem_certificates(pem).map_err(|source| Error::Certificates { path: path.into(), source })
+}
+
+fn key(path: &Path, pem: &[u8]) -> Result<SigningKey, Error> {
     let invalid = |reason: String| Error::Key { path: path.into(), reason };
-    let mode = fs::metadata(path).map_err(failed)?.permissions().mode();
-    if mode & 0o004 != 0 {
-        tracing::warn!(path = %path.display(), "everybody can read the authority's key: chmod 600");
-    }
-    let pem = Zeroizing::new(fs::read(path).map_err(failed)?);
-    let mut der = PrivateKeyDer::from_pem_slice(&pem).map_err(|error| invalid(error.to_string()))?;
+    let mut der = PrivateKeyDer::from_pem_slice(pem).map_err(|error| invalid(error.to_string()))?;
     let key = KeyPair::try_from(&der);
     der.zeroize();
     key.map(SigningKey).map_err(|_| invalid("no ECDSA, RSA or Ed25519 key could be read from it".into()))

@@ -3,6 +3,7 @@
 //! A change counts only when all of the directory's files are good together; until then the last good state signs on,
 //! and the error names what to correct. Never makes a root for a directory that lost its files.
 
+use std::fmt;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -94,20 +95,26 @@ impl InForce {
     fn reload(&self, directory: &Directory) -> Result<(), Error> {
         let Directory { path, trust_domain, leaf_lifetime, .. } = directory;
         let next = CertificateAuthority::again(path, trust_domain.clone(), *leaf_lifetime)?;
+        self.replace(next, &path.display());
+        Ok(())
+    }
+
+    /// Puts another authority in force, if it is another; `place` is where it comes from.
+    pub(super) fn replace(&self, next: CertificateAuthority, place: &dyn fmt::Display) {
         let before = self.current();
         if next.same_as(&before) {
-            return Ok(());
+            return;
         }
         tracing::info!(
-            dir = %path.display(),
+            %place,
             roots = next.roots().len(),
             roots_before = before.roots().len(),
+            revocation_lists = next.revocations().lists().count(),
             root_sha256 = next.root_fingerprint(),
-            "the changed CA directory is in force"
+            "the changed authority is in force"
         );
         self.current.store(Arc::new(next));
         self.changes.send_modify(|changes| *changes += 1);
-        Ok(())
     }
 }
 

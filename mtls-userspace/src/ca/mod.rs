@@ -1,27 +1,30 @@
 //! The certificate authority: signing requests of known callers in, workload certificates out.
 //!
 //! A caller gets certificates only for identities that pods on its own node really have. The authority's key
-//! leaves memory only when the operator asks for a directory to keep it in; workloads' keys never come here.
+//! leaves memory only when the operator asks for a directory or a Secret to keep it in; workloads' keys never come here.
 
 use std::path::PathBuf;
 use std::time::SystemTime;
 
-use crate::identity::{InvalidCertificate, timestamp};
+use crate::identity::{InvalidCertificate, InvalidRevocations, timestamp};
 
 mod authority;
 mod callers;
 mod client_certificate;
+mod cluster;
 mod directory;
 mod in_force;
 mod request;
 mod server;
 mod service;
+mod trust;
 
 pub use authority::CertificateAuthority;
 pub use callers::{
     AnyOf, Caller, Callers, InvalidNodeCa, InvalidTokens, JoinTokens, NodeCertificates, Proof, ReviewFailed,
     ServiceAccount, ServiceAccounts, TokenReviews, Unidentified,
 };
+pub use cluster::{Published, Secret, published_in, reviewed_by};
 pub use directory::write_root_bundle;
 pub use in_force::InForce;
 pub use server::serve;
@@ -34,8 +37,8 @@ pub enum Error {
     File { attempt: &'static str, path: PathBuf, source: std::io::Error },
 
     #[error(
-        "the CA directory {dir} is incomplete: it has {found:?} but not {missing:?}. Add what is missing, or empty \
-         the directory to have a root made there", dir = dir.display()
+        "{dir} is incomplete: as the authority's place it must have all or none of four files, and it has {found:?} but not \
+         {missing:?}. Add what is missing, or take the others away to have a root made there", dir = dir.display()
     )]
     Incomplete { dir: PathBuf, found: Vec<&'static str>, missing: Vec<&'static str> },
 
@@ -47,6 +50,9 @@ pub enum Error {
 
     #[error("{path} is unusable: {source}", path = path.display())]
     Certificates { path: PathBuf, source: InvalidCertificate },
+
+    #[error("{path} is unusable: {source}", path = path.display())]
+    Revocations { path: PathBuf, source: InvalidRevocations },
 
     #[error("{path} is unusable: {reason}; it must be one unencrypted private key in PEM", path = path.display())]
     Key { path: PathBuf, reason: String },
@@ -82,7 +88,7 @@ pub enum Error {
     KeyMismatch { certificate: PathBuf, key: PathBuf },
 
     #[error(
-        "in the CA directory {dir}, what ca-cert.pem signs doesn't lead through cert-chain.pem to a valid root in \
+        "in {dir}, what ca-cert.pem signs doesn't lead through cert-chain.pem to a valid root in \
          root-cert.pem ({source}): compare each certificate's issuer with the next one's subject, and dates and \
          path lengths", dir = dir.display()
     )]
@@ -99,6 +105,9 @@ pub enum Error {
 
     #[error("the file of nodes' authorities {path} is unusable: {fault}", path = path.display())]
     NodeCa { path: PathBuf, fault: InvalidNodeCa },
+
+    #[error("cannot {attempt} {what}: {reason}")]
+    Api { attempt: &'static str, what: String, reason: String },
 
     #[error("cannot set up TLS for the authority's own address: {0}")]
     Tls(#[from] rustls::Error),

@@ -10,10 +10,11 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime};
 
+use rustls::sign::SingleCertAndKey;
 use rustls_pki_types::CertificateDer;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -21,13 +22,17 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
 use super::client_certificate::AnyCertificate;
+use super::trust::Announcer;
 use super::{Error, InForce, Service};
+use crate::identity::certified;
+use crate::identity::trust_wire::trust_service_server::TrustServiceServer;
 use crate::identity::wire::istio_certificate_service_server::IstioCertificateServiceServer;
 
-const CONNECTIONS: usize = 1024;
+/// Each agent has one all the time, by which it follows roots and revocation lists, and others for a moment.
+const CONNECTIONS: usize = 16 * 1024;
 const HANDSHAKE: Duration = Duration::from_secs(5);
 const REQUEST: Duration = Duration::from_secs(10);
-/// Agents make a connection for each certificate: an old one is idle, and holds a place.
+/// Agents make a connection for each certificate, and a new one to follow on: an old one is idle, and holds a place.
 const CONNECTION_AGE: Duration = Duration::from_secs(300);
 const GRACE: Duration = Duration::from_secs(5);
 /// After the authority could not certify itself.
@@ -44,8 +49,10 @@ pub async fn serve(
 ) -> Result<(), Error> {
     let (connections, accepted) = mpsc::channel(16);
     let front = Front { authority: service.authority.clone(), names, connections };
+    let (stop, stopped) = watch::channel(false);
+    let announcer = Announcer { service: service.clone(), stopped: stopped.clone() };
+    let trust = TrustServiceServer::new(announcer).max_decoding_message_size(MAX_REQUEST);
     let service = IstioCertificateServiceServer::new(service).max_decoding_message_size(MAX_REQUEST);
-    let (tell, told) = oneshot::channel::<()>();
     let server = tonic::transport::Server::builder()
         .timeout(REQUEST)
         .max_connection_age(CONNECTION_AGE)
@@ -53,20 +60,31 @@ pub async fn serve(
         .max_concurrent_streams(64)
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .add_service(service)
-        .serve_with_incoming_shutdown(ReceiverStream::new(accepted), async {
-            // Closed is as good as told.
-            let _ = told.await;
-        });
+        .add_service(trust)
+        .serve_with_incoming_shutdown(ReceiverStream::new(accepted), until(stopped.clone()));
+    let accepting = async {
+        tokio::select! {
+            accepted = front.accept(listener) => return accepted,
+            () = until(stopped) => {}
+        }
+        // The port is free, and what was accepted gets its answers.
+        std::future::pending().await
+    };
     let end = async {
         shutdown.await;
-        let _ = tell.send(());
+        stop.send_replace(true);
         tokio::time::sleep(GRACE).await;
     };
     tokio::select! {
         served = server => Ok(served?),
-        accepted = front.accept(listener) => accepted,
+        accepted = accepting => accepted,
         () = end => Ok(()),
     }
+}
+
+/// Closed is as good as told.
+pub(super) async fn until(mut stopped: watch::Receiver<bool>) {
+    let _ = stopped.wait_for(|stopped| *stopped).await;
 }
 
 struct Front {
@@ -122,11 +140,12 @@ impl Front {
         let certificate = self.authority.current().sign_server(&self.names)?;
         let now = SystemTime::now();
         let left = certificate.not_after.duration_since(now).unwrap_or_default();
+        let certified = certified(certificate.chain, certificate.key.into())?;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
         let mut config = rustls::ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_client_cert_verifier(AnyCertificate::new())
-            .with_single_cert(certificate.chain, certificate.key.into())?;
+            .with_cert_resolver(Arc::new(SingleCertAndKey::from(certified)));
         config.alpn_protocols = vec![b"h2".to_vec()];
         Ok((TlsAcceptor::from(Arc::new(config)), now + (left / 2).max(Duration::from_secs(1))))
     }

@@ -2,6 +2,7 @@
 //!
 //! A refusal says what is wrong and is told to the caller as a gRPC status; it is logged here, once.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,7 +29,8 @@ impl<F: Fn(&str, &SpiffeId) -> bool + Send + Sync> NodeAuthorization for F {
     }
 }
 
-/// `istio.v1.auth.IstioCertificateService`.
+/// `istio.v1.auth.IstioCertificateService`; the trust service beside it knows callers by this too.
+#[derive(Clone)]
 pub struct Service {
     pub authority: Arc<InForce>,
     pub callers: Arc<dyn Callers>,
@@ -41,11 +43,7 @@ impl IstioCertificateService for Service {
         &self,
         request: tonic::Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
-        let from = request.extensions().get::<Origin>().cloned();
-        let peer = from.as_ref().map(|from| from.address);
-        let caller = self.caller(request.metadata(), from.as_ref()).await.inspect_err(|status| {
-            tracing::warn!(?peer, reason = status.message(), "certificate refused: unknown caller");
-        })?;
+        let (caller, peer) = self.identify(&request).await?;
         self.answer(&caller, request.get_ref()).map(Response::new).inspect_err(|status| {
             tracing::warn!(?peer, node = %caller.node, reason = status.message(), "certificate refused");
         })
@@ -53,6 +51,19 @@ impl IstioCertificateService for Service {
 }
 
 impl Service {
+    /// Who sent a request, and from where.
+    pub(super) async fn identify<T>(
+        &self,
+        request: &tonic::Request<T>,
+    ) -> Result<(Caller, Option<SocketAddr>), Status> {
+        let from = request.extensions().get::<Origin>();
+        let peer = from.map(|from| from.address);
+        let caller = self.caller(request.metadata(), from).await.inspect_err(|status| {
+            tracing::warn!(?peer, reason = status.message(), "refused: unknown caller");
+        })?;
+        Ok((caller, peer))
+    }
+
     async fn caller(&self, metadata: &MetadataMap, from: Option<&Origin>) -> Result<Caller, Status> {
         let certificates = from.and_then(|from| from.certificates.as_deref()).unwrap_or_default();
         let proof = Proof { token: bearer(metadata), certificates };

@@ -25,6 +25,11 @@ const ID: usize = 48;
 /// `struct inet_diag_msg` up to and including its id.
 const MESSAGE: usize = 4 + ID;
 
+/// `struct inet_diag_msg`; attributes follow.
+const BODY: usize = 72;
+const INET_DIAG_INFO: u16 = 2;
+
+const SYN_SENT: u32 = 1 << 2;
 const LISTEN: u32 = 1 << 10;
 /// Everything that carries or may yet carry data: not SYN_SENT, TIME_WAIT, CLOSE, LISTEN.
 const CONNECTED: u32 = 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11 | 1 << 12;
@@ -40,6 +45,10 @@ pub(super) struct Tcp {
     pub remote: SocketAddr,
     family: u8,
     id: [u8; ID],
+    state: u8,
+    /// `tcpi_bytes_acked` and `tcpi_bytes_received`.
+    acknowledged: u64,
+    received: u64,
 }
 
 impl Diag {
@@ -64,6 +73,11 @@ impl Diag {
 
     pub fn connected(&self) -> io::Result<Vec<Tcp>> {
         self.sockets(CONNECTED)
+    }
+
+    /// Whatever a connect or a handshake has made and nobody has ended.
+    pub fn alive(&self) -> io::Result<Vec<Tcp>> {
+        self.sockets(CONNECTED | SYN_SENT)
     }
 
     pub fn established(&self) -> io::Result<Vec<Tcp>> {
@@ -138,7 +152,15 @@ impl Tcp {
         let (ips, none) = ([local.ip().octets(), remote.ip().octets()], [0; 12]);
         let bytes = [&ports[..], &ips[0], &none, &ips[1], &none, &[0; 4], &ANY].concat();
         id.iter_mut().zip(bytes).for_each(|(to, from)| *to = from);
-        Self { local: local.into(), remote: remote.into(), family: AF_INET, id }
+        Self {
+            local: local.into(),
+            remote: remote.into(),
+            family: AF_INET,
+            id,
+            state: 0,
+            acknowledged: 0,
+            received: 0,
+        }
     }
 
     fn parse(payload: &[u8]) -> Option<Self> {
@@ -152,12 +174,28 @@ impl Tcp {
                     .to_canonical(),
             })
         };
+        let [acknowledged, received] = payload.get(BODY..).and_then(counts).unwrap_or_default();
         Some(Self {
             local: SocketAddr::new(ip(4)?, port(0)?),
             remote: SocketAddr::new(ip(20)?, port(2)?),
             family,
             id,
+            state: *payload.get(1)?,
+            acknowledged,
+            received,
         })
+    }
+
+    /// Application bytes sent and acknowledged, and received, of a socket that has dialled: its SYN counts, and so does
+    /// each FIN.
+    pub fn bytes_of_client(&self) -> (u64, u64) {
+        const FIN_WAIT2: u8 = 5;
+        const CLOSE_WAIT: u8 = 8;
+        const LAST_ACK: u8 = 9;
+        const CLOSING: u8 = 11;
+        let fin_acknowledged = u64::from(self.state == FIN_WAIT2);
+        let fin_received = u64::from([CLOSE_WAIT, LAST_ACK, CLOSING].contains(&self.state));
+        (self.acknowledged.saturating_sub(1 + fin_acknowledged), self.received.saturating_sub(fin_received))
     }
 }
 
@@ -169,10 +207,26 @@ fn request(kind: u16, flags: u16, family: u8, states: u32, id: &[u8; ID]) -> Vec
     bytes.extend(kind.to_ne_bytes());
     bytes.extend(flags.to_ne_bytes());
     bytes.extend([0; 8]);
-    bytes.extend([family, IPPROTO_TCP, 0, 0]);
+    bytes.extend([family, IPPROTO_TCP, 1 << (INET_DIAG_INFO - 1), 0]);
     bytes.extend(states.to_ne_bytes());
     bytes.extend(id);
     bytes
+}
+
+/// Acknowledged and received bytes out of `struct tcp_info`, the attribute INET_DIAG_INFO.
+fn counts(mut attributes: &[u8]) -> Option<[u64; 2]> {
+    const BYTES_ACKED: usize = 120;
+    const BYTES_RECEIVED: usize = 128;
+    loop {
+        let short = |at: usize| Some(u16::from_ne_bytes(attributes.get(at..at + 2)?.try_into().ok()?));
+        let (len, kind) = (usize::from(short(0)?), short(2)?);
+        let value = attributes.get(4..len)?;
+        if kind == INET_DIAG_INFO {
+            let long = |at: usize| Some(u64::from_ne_bytes(value.get(at..at + 8)?.try_into().ok()?));
+            return Some([long(BYTES_ACKED)?, long(BYTES_RECEIVED)?]);
+        }
+        attributes = attributes.get(len.next_multiple_of(4)..)?;
+    }
 }
 
 /// The first message: its kind, its payload, and what follows it.
@@ -200,7 +254,23 @@ mod tests {
             if let Some((_, payload, _)) = message(&bytes) {
                 let _ = (Tcp::parse(payload), error(payload));
             }
+            let _ = counts(&bytes);
         }
+    }
+
+    #[test]
+    fn counts_are_found_behind_other_attributes() {
+        let mut info = [0u8; 216];
+        info[120..128].copy_from_slice(&7u64.to_ne_bytes());
+        info[128..136].copy_from_slice(&9u64.to_ne_bytes());
+        let attribute = |kind: u16, value: &[u8]| {
+            let len = (4 + value.len()) as u16;
+            let padding = vec![0; value.len().next_multiple_of(4) - value.len()];
+            [&len.to_ne_bytes()[..], &kind.to_ne_bytes(), value, &padding].concat()
+        };
+        let attributes = [attribute(8, &[1]), attribute(INET_DIAG_INFO, &info)].concat();
+        assert_eq!(counts(&attributes), Some([7, 9]));
+        assert_eq!(counts(&attributes[..20]), None);
     }
 
     #[test]

@@ -85,7 +85,7 @@ impl Events {
 
 /// None for a kind that this version doesn't know.
 fn parse(record: &[u8]) -> Option<Event> {
-    let raw = sys::event(record)?;
+    let raw: mtls_common::Event = sys::record(record)?;
     let kind = match raw.kind {
         event::PLAINTEXT_ACCEPTED => EventKind::PlaintextAccepted,
         event::PLAINTEXT_REFUSED => EventKind::PlaintextRefused,

@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use mtls_common::{ListenerKey, ModeKey, OUTBOUND_PORT, TUNNEL_PORT, claim, listener, map, mode};
 
 use super::address::{key4, key6, words};
+use super::diag::Tcp;
 use super::error::Error;
 use super::kernel::HOOKS;
 use super::modes::KernelModes;
@@ -196,10 +197,12 @@ fn namespace(pod: &LocalPod, place: Place<'_>) -> Outcome {
     })
 }
 
-/// Captured sockets are connected to the listener. One that is connected to the destination itself was not captured.
+/// Captured sockets are connected to the listener. One that is connected to the destination itself was not captured,
+/// unless the kernel half let it through by a grant.
 fn direct(pod: &LocalPod, to: &[SocketAddr]) -> Outcome {
     let (_, connected) = pod.sockets()?;
-    let count = connected.iter().filter(|socket| to.contains(&socket.remote)).count();
+    let is_ungranted = |socket: &&Tcp| !pod.is_direct(socket.local, socket.remote);
+    let count = connected.iter().filter(|tcp| to.contains(&tcp.remote)).filter(is_ungranted).count();
     Ok((count == 0, format!("{count} open connections of the pod go to {} past the agent", list(to))))
 }
 

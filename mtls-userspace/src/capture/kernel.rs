@@ -10,12 +10,15 @@ use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, Ri
 use aya::programs::{Program, ProgramError, ProgramFd, loaded_programs};
 use aya::{Ebpf, EbpfLoader, Pod as Plain};
 use aya_log::EbpfLogger;
-use mtls_common::{Agent, Endpoint, Flow, ListenerKey, Local, ModeKey, Note, Pod, Settings, map, program};
+use mtls_common::{
+    Agent, Choice, Direct, Endpoint, Flow, Grant, GrantKey, Lease, ListenerKey, Local, ModeKey, Note, Pod,
+    Settings, constant, map, program,
+};
 
 use super::error::Error;
 use super::events::{Events, Log};
 use super::pin::Pins;
-use super::preflight::Cgroup;
+use super::preflight::{self, Cgroup};
 use super::sys::AttachType;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mtls-ebpf.o"));
@@ -36,20 +39,31 @@ pub(super) struct Control {
     ebpf: Ebpf,
 }
 
+/// Maps of direct connections that userspace writes; whoever holds this holds the lock on them.
+pub(super) struct DirectMaps {
+    pub grants: HashMap<MapData, GrantKey, Grant>,
+    pub choices: HashMap<MapData, GrantKey, Choice>,
+    pub lease: Array<MapData, Lease>,
+    pub records: HashMap<MapData, Flow, Direct>,
+}
+
 /// Maps that the data path reads without a lock.
 pub(super) struct Flows {
     pub counters: PerCpuArray<MapData, u64>,
     pub notes: MapData,
     pub original: HashMap<MapData, Flow, Endpoint>,
     pub trusted: HashMap<MapData, Flow, u64>,
-    /// A second handle on what control operations write.
+    /// Second handles on what control operations write.
     pub local: HashMap<MapData, [u32; 4], Local>,
+    pub direct: HashMap<MapData, Flow, Direct>,
 }
 
 pub(super) struct Loaded {
     pub control: Control,
     pub flows: Flows,
+    pub direct: DirectMaps,
     pub events: Events,
+    pub endings: RingBuf<MapData>,
 }
 
 /// Loads the programs against the pinned maps, making those that don't exist.
@@ -67,7 +81,15 @@ pub(super) fn load(pins: &Pins) -> Result<Loaded, Error> {
         original: open.hash(map::ORIGINAL)?,
         trusted: open.hash(map::TRUSTED)?,
         local: open.again(map::LOCAL)?,
+        direct: open.again(map::DIRECT)?,
     };
+    let direct = DirectMaps {
+        grants: open.hash(map::GRANTS)?,
+        choices: open.hash(map::CHOICES)?,
+        lease: open.map(map::LEASE, size_of::<u32>(), size_of::<Lease>())?,
+        records: open.hash(map::DIRECT)?,
+    };
+    let endings = open.map::<RingBuf<MapData>>(map::ENDINGS, 0, 0)?;
     let ring = open.map::<RingBuf<MapData>>(map::EVENTS, 0, 0)?;
     let control = Control {
         agents: open.hash(map::AGENTS)?,
@@ -83,7 +105,7 @@ pub(super) fn load(pins: &Pins) -> Result<Loaded, Error> {
         lookup: program_fd(&ebpf, program::SK_LOOKUP)?,
         ebpf,
     };
-    Ok(Loaded { control, flows, events: Events::new(ring, log) })
+    Ok(Loaded { control, flows, direct, events: Events::new(ring, log), endings })
 }
 
 /// Makes or adopts the maps; no program is loaded yet.
@@ -95,6 +117,8 @@ pub(super) fn open(pins: &Pins) -> Result<Ebpf, Error> {
     for name in map::PINNED {
         loader.map_pin_path(name, pins.map(name));
     }
+    let tells_mptcp = u32::from(preflight::tells_mptcp());
+    loader.override_global(constant::TELLS_MPTCP, &tells_mptcp, true);
     loader.load(OBJECT).map_err(|source| failed("the object and its maps", source))
 }
 

@@ -8,6 +8,7 @@
 mod address;
 
 mod diag;
+mod direct;
 mod enrol;
 mod error;
 mod events;
@@ -29,6 +30,7 @@ use std::sync::Arc;
 
 use crate::policy::PortModes;
 
+pub use direct::{DirectFlow, DirectRecord, Ending, Endings, How};
 pub use error::Error;
 pub use events::{Event, EventKind, Events};
 pub(crate) use preflight::mounted as mounted_cgroup_root;

@@ -11,12 +11,13 @@ use mtls_common::counter::Counter;
 use mtls_common::{Settings, counter, map};
 
 use super::address::{key4, key6, net4, net6, normal};
+use super::direct::Endings;
 use super::enrol::State;
 use super::error::Error;
 use super::events::Events;
-use super::kernel::{self, Control, Flows, Loaded};
+use super::kernel::{self, Control, DirectMaps, Flows, Loaded};
 use super::pin::Pins;
-use super::{Config, netns, preflight};
+use super::{Config, netns, preflight, sys};
 
 /// The kernel half, loaded and attached. Dropping it leaves everything in force.
 pub struct Capture {
@@ -29,6 +30,10 @@ pub struct Capture {
     pub(super) flows: Arc<Flows>,
     state: Mutex<State>,
     events: Mutex<Option<Events>>,
+    pub(super) direct: Mutex<DirectMaps>,
+    pub(super) endings: Mutex<Option<Endings>>,
+    /// When this agent started, on the monotonic clock: later agents have later ones.
+    pub(super) epoch: u64,
     /// As the kernel knows it, whatever pid namespace we are in.
     process: u32,
 }
@@ -50,7 +55,7 @@ impl Capture {
         })?;
         let pins = Pins::create(&config.bpffs)?;
         let _starting = pins.lock()?;
-        let Loaded { mut control, flows, events } = kernel::load(&pins)?;
+        let Loaded { mut control, flows, direct, events, endings } = kernel::load(&pins)?;
         control
             .settings
             .set(0, settings(host_netns, &congestion), 0)
@@ -67,6 +72,9 @@ impl Capture {
             flows: Arc::new(flows),
             state: Mutex::new(State::adopt(control)?),
             events: Mutex::new(Some(events)),
+            direct: Mutex::new(direct),
+            endings: Mutex::new(Some(Endings::new(endings))),
+            epoch: u64::try_from(sys::monotonic().as_nanos()).unwrap_or(u64::MAX),
             process,
         })
     }

@@ -1,6 +1,6 @@
 //! An enrolled pod on this node: sockets inside it, and what the kernel half knows of its connections.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
@@ -11,6 +11,7 @@ use socket2::{Domain, SockRef, Socket, Type};
 
 use super::address::{endpoint, socket_addr, words};
 use super::diag::{Diag, Tcp};
+use super::direct::DirectFlow;
 use super::error::Error;
 use super::kernel::Flows;
 use super::netns::Netns;
@@ -77,6 +78,31 @@ impl LocalPod {
         announce().map_err(|source| Error::Announce { pod: self.name.clone(), source })
     }
 
+    /// Resets the pod's end of a connection, whichever end it is. False: it is gone already.
+    pub fn reset(&self, connection: DirectFlow) -> Result<bool, Error> {
+        let failed = |what| move |source| Error::Diag { pod: self.name.clone(), what, source };
+        let diag = self.netns.within(Diag::open).and_then(|diag| diag).map_err(failed("opening"))?;
+        let DirectFlow { client, server } = connection;
+        let is_end = |tcp: &&Tcp| [(client, server), (server, client)].contains(&(tcp.local, tcp.remote));
+        let mut ended = false;
+        for tcp in diag.alive().map_err(failed("listing connections"))?.iter().filter(is_end) {
+            ended |= diag.destroy(tcp).map_err(failed("SOCK_DESTROY (needs CONFIG_INET_DIAG_DESTROY)"))?;
+        }
+        Ok(ended)
+    }
+
+    /// Application bytes of the connections that the pod has dialled, as its kernel counts them: sent and
+    /// acknowledged, received.
+    pub fn dialled_bytes(&self) -> Result<HashMap<DirectFlow, (u64, u64)>, Error> {
+        let failed = |what| move |source| Error::Diag { pod: self.name.clone(), what, source };
+        let diag = self.netns.within(Diag::open).and_then(|diag| diag).map_err(failed("opening"))?;
+        let alive = diag.alive().map_err(failed("listing connections"))?;
+        let bytes = alive
+            .iter()
+            .map(|tcp| (DirectFlow { client: tcp.local, server: tcp.remote }, tcp.bytes_of_client()));
+        Ok(bytes.collect())
+    }
+
     /// Ports of the pod that can be dialled from outside and that something of its own listens on.
     pub fn served_ports(&self) -> Result<HashSet<u16>, Error> {
         let failed = |what| move |source| Error::Diag { pod: self.name.clone(), what, source };
@@ -140,7 +166,13 @@ impl LocalPod {
             let flow = Flow { netns: 0, ..self.flow(remote, local) };
             self.flows.trusted.get(&flow, 0).is_ok()
         };
-        !is_ours(local.port()) && !is_own && !is_trusted()
+        !is_ours(local.port()) && !is_own && !is_trusted() && !self.is_direct(remote, local)
+    }
+
+    /// Whether the kernel half recorded the connection as one between pods of this node that it let through itself.
+    pub(super) fn is_direct(&self, client: SocketAddr, server: SocketAddr) -> bool {
+        let flow = Flow { netns: 0, ..self.flow(client, server) };
+        self.flows.direct.get(&flow, 0).is_ok()
     }
 
     fn flow(&self, client: SocketAddr, server: SocketAddr) -> Flow {

@@ -136,6 +136,13 @@ pub(super) fn features() -> Result<(), Error> {
     Ok(())
 }
 
+/// Whether a connect hook can tell that a socket is a subflow of MPTCP. Without MPTCP there are none.
+pub(super) fn tells_mptcp() -> bool {
+    const HELPER: BpfHelper = BpfHelper::BPF_FUNC_skc_to_mptcp_sock;
+    Path::new("/proc/sys/net/mptcp").exists()
+        && is_helper_supported(ProgramType::CgroupSockAddr, HELPER).unwrap_or(false)
+}
+
 /// The congestion control of loopback legs; the kernel loads its module if need be.
 pub(super) fn congestion(wanted: Option<&str>) -> Result<String, Error> {
     match wanted {

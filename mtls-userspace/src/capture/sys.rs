@@ -8,7 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
 
-use mtls_common::{Event, Note};
+use mtls_common::Note;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -271,13 +271,13 @@ pub(super) fn borrow(socket: &impl AsRawFd) -> BorrowedFd<'_> {
     unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) }
 }
 
-/// A record of the ring buffer; none if it is too short for one.
-pub(super) fn event(record: &[u8]) -> Option<Event> {
-    if record.len() < size_of::<Event>() {
+/// A record of a ring buffer; none if it is too short for one.
+pub(super) fn record<T: aya::Pod>(bytes: &[u8]) -> Option<T> {
+    if bytes.len() < size_of::<T>() {
         return None;
     }
-    // SAFETY: long enough, made of integers only, and read without assuming alignment.
-    Some(unsafe { record.as_ptr().cast::<Event>().read_unaligned() })
+    // SAFETY: long enough, of a type that may have any bits, and read without assuming alignment.
+    Some(unsafe { bytes.as_ptr().cast::<T>().read_unaligned() })
 }
 
 /// Registers with the tokio runtime we are on.

@@ -1,12 +1,15 @@
 //! `mtls bench`: the load client and server.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
 use clap::Subcommand;
 
 use crate::bench::{self, Load, MAX_SIZE, Workload};
+use crate::identity::TrustDomain;
+use crate::mesh;
 
 /// Flags of `mtls bench`.
 #[derive(clap::Args)]
@@ -24,6 +27,27 @@ enum End {
     },
     /// Put load on a server and print one line of JSON
     Client(Client),
+    /// Time what deciding about a connection takes in a mesh of manifests, and print one line of JSON
+    Decide(Decide),
+}
+
+#[derive(clap::Args)]
+struct Decide {
+    #[arg(long, value_name = "DIR")]
+    manifests: PathBuf,
+    /// Node of the pod that dials
+    #[arg(long)]
+    node: String,
+    /// Address of the pod that dials
+    #[arg(long, value_name = "IP")]
+    from: IpAddr,
+    /// What it dials
+    #[arg(long)]
+    to: SocketAddr,
+    #[arg(long, default_value_t = 0.3)]
+    seconds: f64,
+    #[arg(long, default_value = "cluster.local")]
+    trust_domain: TrustDomain,
 }
 
 #[derive(clap::Args)]
@@ -52,7 +76,19 @@ impl Bench {
         match self.end {
             End::Server { listen } => bench::serve(listen).context(format!("serving on {listen}")),
             End::Client(client) => client.run(),
+            End::Decide(decide) => decide.run(),
         }
+    }
+}
+
+impl Decide {
+    fn run(self) -> anyhow::Result<()> {
+        let Self { manifests, node, from, to, seconds, trust_domain } = self;
+        let settings = mesh::Settings { trust_domain, root_namespace: "istio-system".into() };
+        let duration = Duration::try_from_secs_f64(seconds).context("--seconds")?;
+        let decisions = bench::decide(manifests, settings, &node, (SocketAddr::new(from, 0), to), duration)?;
+        println!("{}", serde_json::to_string(&decisions)?);
+        Ok(())
     }
 }
 

@@ -16,6 +16,8 @@ use crate::ca::{
 use crate::identity::{SpiffeId, TrustDomain};
 use crate::mesh::{Settings, Source};
 
+use super::ca_in_cluster::{InCluster, Joined, in_cluster};
+
 /// Sets up the process around [`Ca::run`].
 pub fn main(ca: Ca) -> anyhow::Result<()> {
     super::log_to_stderr();
@@ -45,10 +47,11 @@ pub struct Ca {
 
     /// Trust domain of every identity it signs for.
     #[arg(long, value_name = "NAME", default_value = "cluster.local")]
-    trust_domain: TrustDomain,
+    pub(super) trust_domain: TrustDomain,
 
     /// Directory of ca-cert.pem, ca-key.pem, cert-chain.pem and root-cert.pem. A root is made there if it has none
-    /// of them; changed files are taken over when all are good together. Without this flag a root is made in memory, another one at every start.
+    /// of them; changed files are taken over when all are good together. Without this flag a root is made in memory,
+    /// another one at every start; in a cluster it is in a Secret.
     #[arg(long, value_name = "DIR")]
     ca_dir: Option<PathBuf>,
 
@@ -57,11 +60,15 @@ pub struct Ca {
     root_out: Option<PathBuf>,
 
     /// Directory of Kubernetes manifests: a node gets certificates only for identities of its own enrolled pods.
-    #[arg(long, value_name = "DIR")]
-    manifests: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["kubernetes", "kubeconfig"],
+        conflicts_with_all = ["kubernetes", "kubeconfig"])]
+    manifests: Option<PathBuf>,
+
+    #[command(flatten)]
+    cluster: InCluster,
 
     /// YAML map from node name to the join token of the node's agent.
-    #[arg(long, value_name = "FILE", required_unless_present_any = ["node_ca"])]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["node_ca", "kubernetes", "kubeconfig"])]
     tokens: Option<PathBuf>,
 
     /// Authorities (PEM) of the nodes' own certificates, whose subject is O=system:nodes, CN=system:node:NAME as
@@ -71,7 +78,7 @@ pub struct Ca {
 
     /// Longest lifetime of a workload's certificate, for example 24h or 10s.
     #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = lifetime)]
-    leaf_lifetime: Duration,
+    pub(super) leaf_lifetime: Duration,
 }
 
 impl Ca {
@@ -80,9 +87,18 @@ impl Ca {
         let mut terminate = signal(SignalKind::terminate()).context("cannot listen for SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot listen for SIGINT")?;
 
-        let authority = self.authority()?;
-        let callers = self.callers()?;
-        let nodes = Arc::new(self.nodes()?);
+        let cluster = self.cluster.open(&self.trust_domain).await?;
+        let kept = match &cluster {
+            Some(cluster) if self.ca_dir.is_none() => Some(cluster.secret(&self)),
+            _ => None,
+        };
+        let authority = match &kept {
+            Some(secret) => secret.open().await?,
+            None => self.authority()?,
+        };
+        warn_of_end(&authority);
+        let callers = self.callers(cluster.as_ref())?;
+        let nodes = Arc::new(self.nodes(cluster.as_ref())?);
         let listener = TcpListener::bind(self.listen)
             .await
             .with_context(|| format!("cannot serve certificates on {}", self.listen))?;
@@ -116,6 +132,7 @@ impl Ca {
             served = serving => served?,
             () = authority.follow() => {}
             () = self.publish(&authority) => {}
+            () = in_cluster(cluster, kept, &authority) => {}
         }
         tracing::info!("certificate authority stopped");
         Ok(())
@@ -138,7 +155,7 @@ impl Ca {
     }
 
     /// Every kind of proof that was asked for.
-    fn callers(&self) -> anyhow::Result<AnyOf> {
+    fn callers(&self, cluster: Option<&Joined>) -> anyhow::Result<AnyOf> {
         let mut kinds: Vec<Box<dyn Callers>> = Vec::new();
         if let Some(path) = &self.node_ca {
             tracing::info!(authorities = %path.display(), "nodes may show a certificate");
@@ -149,17 +166,19 @@ impl Ca {
             tracing::info!(nodes = tokens.nodes().join(","), "nodes may show a join token");
             kinds.push(Box::new(tokens));
         }
+        kinds.extend(cluster.map(Joined::callers));
         Ok(AnyOf(kinds))
     }
 
-    /// A node's identities, by the manifests as they are at each request.
-    fn nodes(&self) -> anyhow::Result<impl NodeAuthorization + use<>> {
-        // Which policies are the mesh's makes no difference to who runs where.
-        let settings =
-            Settings { trust_domain: self.trust_domain.clone(), root_namespace: "istio-system".into() };
-        let source = Source::directory(self.manifests.clone(), settings)?;
+    /// A node's identities, by the manifests or the API server's objects as they are at each request.
+    fn nodes(&self, cluster: Option<&Joined>) -> anyhow::Result<impl NodeAuthorization + use<>> {
+        let source = match (cluster, &self.manifests) {
+            (Some(cluster), _) => cluster.pods.clone(),
+            (None, Some(directory)) => Source::directory(directory.clone(), settings(&self.trust_domain))?,
+            (None, None) => anyhow::bail!("--manifests is missing, and so is --kubernetes or --kubeconfig"),
+        };
         Ok(move |node: &str, identity: &SpiffeId| {
-            source.current().enrolled_on(node).any(|workload| workload.identity == *identity)
+            source.current().identities_on(node).any(|known| known == identity)
         })
     }
 
@@ -175,15 +194,21 @@ impl Ca {
                 InForce::fixed(CertificateAuthority::in_memory(trust_domain, self.leaf_lifetime)?)
             }
         };
-        let left = authority.current().not_after().duration_since(SystemTime::now()).unwrap_or_default();
-        if left < NEAR_END {
-            tracing::warn!(
-                days_left = left.as_secs() / 86_400,
-                "the authority's certificate ends soon: replace it"
-            );
-        }
         Ok(authority)
     }
+}
+
+fn warn_of_end(authority: &InForce) {
+    let left = authority.current().not_after().duration_since(SystemTime::now()).unwrap_or_default();
+    if left < NEAR_END {
+        let days_left = left.as_secs() / 86_400;
+        tracing::warn!(days_left, "the authority's certificate ends soon: replace it");
+    }
+}
+
+/// Who runs where does not depend on which policies are the mesh's.
+pub(super) fn settings(trust_domain: &TrustDomain) -> Settings {
+    Settings { trust_domain: trust_domain.clone(), root_namespace: "istio-system".into() }
 }
 
 /// What agents may call this machine by, seen from its listen address.

@@ -1,6 +1,6 @@
 //! `mtls certs`: this node's certificates, whether they prove what they should, and since when and for how long.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::process::ExitCode;
 
@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use super::agent::{Ask, Error, Which, block_on, write_cut};
 use super::words::{Names, duration, seconds_between};
 use super::{Align, Table};
-use crate::observe::{CertificateRow, ChainRow, Listing};
+use crate::observe::{CertificateRow, ChainRow, Listing, RevocationRow};
 
 const NOT_VERIFIED: u8 = 1;
 const UNKNOWN: u8 = 2;
@@ -88,7 +88,7 @@ fn leaves(rows: &[CertificateRow], now: Timestamp) -> Table {
     table
 }
 
-/// Intermediates and roots, each once.
+/// Intermediates, roots and revocation lists, each once.
 fn issuers(rows: &[CertificateRow], now: Timestamp) -> Table {
     let mut seen: BTreeMap<(&str, &str, &str), (&ChainRow, usize)> = BTreeMap::new();
     for row in rows {
@@ -112,6 +112,21 @@ fn issuers(rows: &[CertificateRow], now: Timestamp) -> Table {
             issuer.not_after.to_string(),
             left,
             identities.to_string(),
+        ]);
+    }
+    let lists: BTreeSet<&RevocationRow> = rows.iter().flat_map(|row| &row.revocation_lists).collect();
+    for list in lists {
+        let left = match list.next_update {
+            Some(next) if next <= now => "OVERDUE".to_owned(),
+            next => next.map(|next| duration(seconds_between(now, next))).unwrap_or_default(),
+        };
+        table.row([
+            "revocations".to_owned(),
+            list.issuer.clone(),
+            format!("{} revoked", list.revoked),
+            list.next_update.map(|next| next.to_string()).unwrap_or_default(),
+            left,
+            rows.iter().filter(|row| row.revocation_lists.contains(list)).count().to_string(),
         ]);
     }
     table

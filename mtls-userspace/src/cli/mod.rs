@@ -7,6 +7,7 @@ use anyhow::Context;
 mod agent;
 pub mod bench;
 pub mod ca;
+mod ca_in_cluster;
 pub mod certs;
 pub mod connections;
 pub mod lab;

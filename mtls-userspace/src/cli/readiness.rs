@@ -191,7 +191,11 @@ fn write_peers<'a>(
             let client = match (&peer.workload, peer.enrolled) {
                 (Some(workload), true) => format!("{workload} (enrolled)"),
                 (Some(workload), false) => workload.clone(),
-                (None, _) => "unknown to the mesh".to_owned(),
+                (None, _) => match &peer.node {
+                    Some(node) if peer.control_plane => format!("node {node}: API server or host"),
+                    Some(node) => format!("node {node}: host"),
+                    None => "unknown to the mesh".to_owned(),
+                },
             };
             table.row([
                 format!("{}/{}:{}", row.namespace, row.name, port.port),

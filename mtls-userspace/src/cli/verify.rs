@@ -117,6 +117,9 @@ fn words(proof: Proof) -> &'static str {
     match proof {
         Proof::Encrypted => "PROVEN: mutual TLS on the wire, both identities proven",
         Proof::SameNode => "PROVEN: within the node and on no wire, both identities proven by the kernel",
+        Proof::Direct => {
+            "READABLE ON THE NODE: on no wire, both identities proven by the kernel, but not encrypted"
+        }
         Proof::Refused => "REFUSED: there is no connection to protect",
         Proof::Plaintext => "PLAINTEXT: bytes are readable on their way",
         Proof::Unproven => "NOT PROVEN",

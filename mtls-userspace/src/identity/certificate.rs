@@ -22,6 +22,8 @@ pub(crate) struct Certificate {
     pub self_issued: bool,
     /// May sign certificates: basicConstraints says CA, and keyUsage, if there, has keyCertSign.
     pub authority: bool,
+    /// May sign revocation lists: keyUsage, if there, has cRLSign.
+    pub may_revoke: bool,
 }
 
 impl Certificate {
@@ -49,7 +51,8 @@ impl Certificate {
             public_key: x509.public_key().raw.to_vec(),
             self_issued: x509.subject().as_raw() == x509.issuer().as_raw(),
             authority: constraints.is_some_and(|c| c.value.ca)
-                && key_usage.is_none_or(|usage| usage.value.key_cert_sign()),
+                && key_usage.as_ref().is_none_or(|usage| usage.value.key_cert_sign()),
+            may_revoke: key_usage.is_none_or(|usage| usage.value.crl_sign()),
         })
     }
 }
@@ -71,21 +74,23 @@ pub(crate) fn pem_certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>
 
 /// The certificates as a PEM text, in the order given.
 pub(crate) fn to_pem<'a>(certificates: impl IntoIterator<Item = &'a CertificateDer<'static>>) -> String {
+    certificates.into_iter().map(|certificate| pem_block("CERTIFICATE", certificate)).collect()
+}
+
+/// One object as a PEM text.
+pub(crate) fn pem_block(label: &str, der: &[u8]) -> String {
     use base64::Engine as _;
-    let mut pem = String::new();
-    for certificate in certificates {
-        let text = base64::engine::general_purpose::STANDARD.encode(certificate);
-        pem.push_str("-----BEGIN CERTIFICATE-----\n");
-        // RFC 7468, section 2: 64 characters a line. Base64 is ASCII, so every cut is a character boundary.
-        let mut rest = text.as_str();
-        while !rest.is_empty() {
-            let (line, tail) = rest.split_at(rest.len().min(64));
-            pem.push_str(line);
-            pem.push('\n');
-            rest = tail;
-        }
-        pem.push_str("-----END CERTIFICATE-----\n");
+    let text = base64::engine::general_purpose::STANDARD.encode(der);
+    let mut pem = format!("-----BEGIN {label}-----\n");
+    // RFC 7468, section 2: 64 characters a line. Base64 is ASCII, so every cut is a character boundary.
+    let mut rest = text.as_str();
+    while !rest.is_empty() {
+        let (line, tail) = rest.split_at(rest.len().min(64));
+        pem.push_str(line);
+        pem.push('\n');
+        rest = tail;
     }
+    pem.push_str(&format!("-----END {label}-----\n"));
     pem
 }
 
@@ -111,7 +116,7 @@ fn hex(bytes: &[u8]) -> String {
     }
 }
 
-fn at(unix: i64) -> SystemTime {
+pub(super) fn at(unix: i64) -> SystemTime {
     let distance = Duration::from_secs(unix.unsigned_abs());
     let at = if unix < 0 {
         SystemTime::UNIX_EPOCH.checked_sub(distance)

@@ -21,7 +21,7 @@ pub(super) async fn issue(
     let key = Key::new().map_err(|source| Error::Request { id: id.clone(), source })?;
     let csr = key.csr(id).map_err(|source| Error::Request { id: id.clone(), source })?;
     let issued = authority.sign(id, csr, lifetime).await?;
-    accept(id, key, issued)
+    accept(id, issued, key.to_pkcs8(), |certificate| key.certified_by(certificate))
 }
 
 /// A certificate signing request (PKCS #10) for one identity.
@@ -72,16 +72,40 @@ impl Drop for Key {
     }
 }
 
-fn accept(id: &SpiffeId, key: Key, issued: Issued) -> Result<(Svid, TrustBundle), Error> {
+/// Checks an authority's answer for this identity. `certified` says whether the key is the certificate's.
+pub(super) fn accept(
+    id: &SpiffeId,
+    issued: Issued,
+    mut key: PrivatePkcs8KeyDer<'static>,
+    certified: impl FnOnce(&Certificate) -> bool,
+) -> Result<(Svid, TrustBundle), Error> {
+    let bundle = TrustBundle::new(issued.roots);
+    match judge(id, &issued.chain, &bundle, certified) {
+        Ok(Certificate { serial, not_before, not_after, .. }) => {
+            Ok((Svid { id: id.clone(), chain: issued.chain, key, serial, not_before, not_after }, bundle))
+        }
+        Err(error) => {
+            key.zeroize();
+            Err(error)
+        }
+    }
+}
+
+fn judge(
+    id: &SpiffeId,
+    chain: &[CertificateDer<'_>],
+    bundle: &TrustBundle,
+    certified: impl FnOnce(&Certificate) -> bool,
+) -> Result<Certificate, Error> {
     let unusable = |fault| Error::Unusable { id: id.clone(), fault };
-    let Some((leaf, intermediates)) = issued.chain.split_first() else {
+    let Some((leaf, intermediates)) = chain.split_first() else {
         return Err(Error::Answer { id: id.clone(), source: super::InvalidCertificate::None });
     };
     let certificate = Certificate::parse(leaf).map_err(|source| Error::Answer { id: id.clone(), source })?;
     if certificate.uris != [id.uri()] {
         return Err(unusable(Fault::Identity { found: certificate.uris }));
     }
-    if !key.certified_by(&certificate) {
+    if !certified(&certificate) {
         return Err(unusable(Fault::Key));
     }
     let (not_before, not_after) = (certificate.not_before, certificate.not_after);
@@ -89,25 +113,17 @@ fn accept(id: &SpiffeId, key: Key, issued: Issued) -> Result<(Svid, TrustBundle)
     if now < not_before || not_after <= now {
         return Err(unusable(Fault::Validity { not_before, not_after }));
     }
-    verify(leaf, intermediates, &issued.roots).map_err(|error| unusable(Fault::Chain(error)))?;
-
-    let svid = Svid {
-        id: id.clone(),
-        key: key.to_pkcs8(),
-        serial: certificate.serial,
-        not_before,
-        not_after,
-        chain: issued.chain,
-    };
-    Ok((svid, TrustBundle { roots: issued.roots }))
+    verify(leaf, intermediates, bundle).map_err(|error| unusable(Fault::Chain(error)))?;
+    Ok(certificate)
 }
 
 /// A peer's view of the chain, in both directions that peers can meet us.
 pub(super) fn verify(
     leaf: &CertificateDer<'_>,
     intermediates: &[CertificateDer<'_>],
-    roots: &[CertificateDer<'_>],
+    bundle: &TrustBundle,
 ) -> Result<(), webpki::Error> {
+    let TrustBundle { roots, revocations } = bundle;
     let anchors = roots.iter().map(webpki::anchor_from_trusted_cert).collect::<Result<Vec<_>, _>>()?;
     let leaf = webpki::EndEntityCert::try_from(leaf)?;
     for usage in [webpki::KeyUsage::client_auth(), webpki::KeyUsage::server_auth()] {
@@ -118,7 +134,7 @@ pub(super) fn verify(
             UnixTime::now(),
             usage,
             None,
-            None,
+            Some(&|path| revocations.check(path)),
         )?;
     }
     Ok(())

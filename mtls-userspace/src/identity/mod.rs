@@ -13,16 +13,25 @@ use zeroize::Zeroize;
 mod authority;
 mod certificate;
 mod issuing;
+mod revocation;
+mod revocation_file;
 mod rotation;
+mod secret;
+mod slot;
 mod spiffe;
 mod verdict;
+mod workload_api;
 
-pub use authority::{Authority, Credential, Issued, RemoteAuthority, wire};
+pub use authority::{Authority, Credential, Issued, News, RemoteAuthority, trust_wire, wire};
 pub use certificate::InvalidCertificate;
 pub(crate) use certificate::{Certificate, pem_certificates, to_pem};
 pub use issuing::Csr;
-pub use rotation::{Config, Identities, IdentityStatus};
+pub use revocation::{InvalidList, InvalidRevocations, RevocationList, Revocations};
+pub use rotation::{Config, Identities};
+pub(crate) use secret::certified;
+pub use slot::IdentityStatus;
 pub use spiffe::{InvalidSpiffeId, SpiffeId, TrustDomain};
+pub use workload_api::WorkloadApi;
 
 /// What the tunnel needs to speak for a workload; replaced whole at each renewal or root change.
 #[derive(Debug)]
@@ -53,10 +62,22 @@ impl Drop for Svid {
     }
 }
 
-/// Roots that vouch for peers. More than one during a rotation.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What peers are judged by: roots that vouch for them, more than one during a rotation, and what revokes them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TrustBundle {
     pub roots: Vec<CertificateDer<'static>>,
+    pub revocations: Arc<Revocations>,
+}
+
+impl TrustBundle {
+    /// These roots, and nothing revoked.
+    pub fn new(roots: Vec<CertificateDer<'static>>) -> Self {
+        Self { roots, revocations: Arc::default() }
+    }
+
+    fn with(&self, revocations: Arc<Revocations>) -> Self {
+        Self { roots: self.roots.clone(), revocations }
+    }
 }
 
 /// Why an identity could not be had. Every attempt is repeated with back-off; none of these is final.
@@ -113,11 +134,47 @@ pub enum Error {
     #[error("the certificate authority gave a certificate that cannot be used for {id}: {fault}")]
     Unusable { id: SpiffeId, fault: Fault },
 
+    #[error("no identities from the SPIFFE Workload API at {socket}: {reason}")]
+    NoWorkloadApi { socket: String, reason: String },
+
+    #[error(
+        "the SPIFFE Workload API at {socket} gives this agent no {id}, but {}; register an entry for it whose selectors \
+         match this agent's process",
+        listed(given)
+    )]
+    Withdrawn { socket: String, id: SpiffeId, given: Vec<String> },
+
     #[error(
         "no certificate for {id} after {} s: {}", waited.as_secs_f32(),
         last.as_deref().unwrap_or("nothing was tried, because no workload of this node has this identity")
     )]
     NotReady { id: SpiffeId, waited: Duration, last: Option<String> },
+}
+
+/// Every [`Error::reason`].
+pub(crate) const REASONS: [&str; 7] =
+    ["configuration", "handshake", "internal", "refused", "timeout", "unreachable", "unusable"];
+
+impl Error {
+    /// The metrics label.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Request { .. } | Self::Tls(_) => "internal",
+            Self::Address { .. }
+            | Self::File { .. }
+            | Self::RootFile { .. }
+            | Self::Token { .. }
+            | Self::NodeCertificate { .. }
+            | Self::NodeKey { .. } => "configuration",
+            Self::Unreachable { .. } | Self::Transport { .. } | Self::NoWorkloadApi { .. } => "unreachable",
+            // gRPC's words for a connection that broke, and for "try again later".
+            Self::Refused { code: tonic::Code::Unknown | tonic::Code::Unavailable, .. } => "unreachable",
+            Self::Handshake { .. } => "handshake",
+            Self::Refused { .. } | Self::Withdrawn { .. } => "refused",
+            Self::TimedOut { .. } | Self::NotReady { .. } => "timeout",
+            Self::Answer { .. } | Self::Unusable { .. } => "unusable",
+        }
+    }
 }
 
 /// What is wrong with a certificate that an authority issued.
@@ -152,10 +209,25 @@ impl fmt::Display for Fault {
                 timestamp(SystemTime::now())
             ),
             Self::Malformed(error) => error.fmt(f),
+            Self::Chain(webpki::Error::CertRevoked) => {
+                f.write_str("it, or an intermediate of its chain, is revoked")
+            }
             Self::Chain(error) => {
                 write!(f, "its chain leads to no root that came with it or stands in the root file ({error})")
             }
         }
+    }
+}
+
+/// The first of what may be many.
+fn listed(given: &[String]) -> String {
+    const SHOWN: usize = 5;
+    match given.get(..SHOWN) {
+        _ if given.is_empty() => "no identity at all".into(),
+        Some(first) if given.len() > SHOWN => {
+            format!("{} and {} more", first.join(", "), given.len() - SHOWN)
+        }
+        _ => given.join(", "),
     }
 }
 

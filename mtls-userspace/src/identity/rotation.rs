@@ -1,23 +1,29 @@
 //! Rotation: the set of wanted identities in, their current certificates out, renewed at half life.
 //!
 //! Readers never wait and never see a half-replaced identity. While the authority is away a certificate stays
-//! current to its end and not a moment longer. Established connections are none of this room's business.
+//! current to its end and not a moment longer. What revokes peers' certificates is joined to every identity as it
+//! comes. Established connections are none of this room's business.
 
 use std::collections::{HashMap, HashSet};
 use std::future::Future;
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
-use arc_swap::{ArcSwap, ArcSwapOption};
+use arc_swap::ArcSwap;
 use rand::Rng;
-use serde::Serialize;
-use tokio::sync::{Notify, Semaphore, watch};
+use rustls_pki_types::CertificateDer;
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
 use super::issuing::issue;
-use super::{Authority, Error, Identity, SpiffeId, timestamp};
+use super::revocation_file::RevocationFile;
+use super::slot::{IdentityStatus, Slot, lock};
+use super::{
+    Authority, Error, Identity, News, Revocations, SpiffeId, Svid, TrustBundle, WorkloadApi, timestamp,
+};
 
 /// How certificates are asked for.
 #[derive(Debug, Clone)]
@@ -31,6 +37,8 @@ pub struct Config {
     pub attempt_timeout: Duration,
     /// Attempts at one time, so that a node with many identities doesn't overrun the authority at start.
     pub concurrent: usize,
+    /// Revocation lists besides those that the authority gives; followed.
+    pub revocation_file: Option<PathBuf>,
 }
 
 impl Default for Config {
@@ -41,13 +49,17 @@ impl Default for Config {
             retry_max: Duration::from_secs(15),
             attempt_timeout: Duration::from_secs(10),
             concurrent: 8,
+            revocation_file: None,
         }
     }
 }
 
+/// Between two attempts that went well, however short the certificate's life.
+const SOONEST: Duration = Duration::from_millis(100);
+
 /// The current identity of every workload identity on this node.
 pub struct Identities {
-    authority: Arc<dyn Authority>,
+    origin: Origin,
     config: Config,
     /// Replaced whole by `want`; each slot's content by its own renewal task.
     slots: ArcSwap<HashMap<SpiffeId, Arc<Slot>>>,
@@ -56,18 +68,47 @@ pub struct Identities {
     wanted: Notify,
     changes: watch::Sender<u64>,
     attempts: Semaphore,
+    /// Held while an identity is replaced, so that none misses what came meanwhile.
+    revoked: Mutex<Revoked>,
+}
+
+/// Where identities come from.
+enum Origin {
+    /// Signs what we ask for; keys are made here.
+    Authority(Arc<dyn Authority>),
+    /// Hands out keys and certificates, and renews them by itself.
+    WorkloadApi(Arc<WorkloadApi>),
+}
+
+/// Revocation lists by who gave them, and all together.
+#[derive(Default)]
+struct Revoked {
+    origin: Arc<Revocations>,
+    file: Arc<Revocations>,
+    together: Arc<Revocations>,
 }
 
 impl Identities {
+    /// Identities that an authority signs.
     pub fn new(authority: Arc<dyn Authority>, config: Config) -> Arc<Self> {
+        Self::of(Origin::Authority(authority), config)
+    }
+
+    /// Identities that a SPIFFE Workload API hands out.
+    pub fn from_workload_api(api: WorkloadApi, config: Config) -> Arc<Self> {
+        Self::of(Origin::WorkloadApi(Arc::new(api)), config)
+    }
+
+    fn of(origin: Origin, config: Config) -> Arc<Self> {
         Arc::new(Self {
-            authority,
+            origin,
             attempts: Semaphore::new(config.concurrent.max(1)),
             config,
             slots: ArcSwap::default(),
             wanting: Mutex::new(()),
             wanted: Notify::new(),
             changes: watch::Sender::new(0),
+            revoked: Mutex::default(),
         })
     }
 
@@ -75,18 +116,93 @@ impl Identities {
     pub async fn run(self: Arc<Self>, shutdown: impl Future<Output = ()>) {
         let mut shutdown = pin!(shutdown);
         let mut renewals = Renewals::default();
+        let (news, mut heard) = mpsc::channel(4);
+        let (file, mut read) = mpsc::channel(4);
+        let mut following = pin!(self.follow(&news, &file));
         loop {
             renewals.follow(&self);
             tokio::select! {
                 () = &mut shutdown => return,
                 () = self.wanted.notified() => {}
                 Some(ended) = renewals.tasks.join_next() => renewals.ended(ended),
-                () = self.authority.roots_changed() => {
-                    tracing::info!("the roots to trust have changed; renewing every certificate");
-                    self.slots.load().values().for_each(|slot| slot.renew.notify_one());
-                }
+                () = &mut following => {}
+                Some(news) = heard.recv() => match news {
+                    News::Renew { why } => {
+                        tracing::info!("{why}; renewing every certificate");
+                        self.renew();
+                    }
+                    News::Revocations(lists) => self.revoke(|revoked| revoked.origin = lists),
+                },
+                Some(lists) = read.recv() => self.revoke(|revoked| revoked.file = lists),
             }
         }
+    }
+
+    /// Never ends.
+    async fn follow(&self, news: &mpsc::Sender<News>, lists: &mpsc::Sender<Arc<Revocations>>) {
+        let origin = async {
+            match &self.origin {
+                Origin::Authority(authority) => authority.follow(news).await,
+                Origin::WorkloadApi(api) => api.follow(news).await,
+            }
+        };
+        let file = async {
+            match &self.config.revocation_file {
+                Some(path) => RevocationFile::new(path.clone()).follow(lists, || self.authorities()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::join!(origin, file);
+    }
+
+    fn renew(&self) {
+        self.slots.load().values().for_each(|slot| slot.renew.notify_one());
+    }
+
+    /// Certificates of every authority known by now.
+    fn authorities(&self) -> Vec<CertificateDer<'static>> {
+        let slots = self.slots.load();
+        let current = slots.values().filter_map(|slot| slot.current.load_full());
+        let mut known: Vec<_> = current
+            .flat_map(|identity| {
+                let intermediates = identity.svid.chain.iter().skip(1).cloned();
+                intermediates.chain(identity.bundle.roots.iter().cloned()).collect::<Vec<_>>()
+            })
+            .collect();
+        known.sort_by(|a, b| a.as_ref().cmp(b.as_ref()));
+        known.dedup();
+        known
+    }
+
+    /// Puts changed revocation lists in force for every identity.
+    fn revoke(&self, change: impl FnOnce(&mut Revoked)) {
+        let mut revoked = lock(&self.revoked);
+        change(&mut revoked);
+        let together = revoked.origin.join(&revoked.file);
+        if together == *revoked.together {
+            return;
+        }
+        tracing::info!(lists = ?together, "revocation lists in force");
+        revoked.together = Arc::new(together);
+        for slot in self.slots.load().values() {
+            let Some(before) = slot.current.load_full() else { continue };
+            let bundle = before.bundle.with(revoked.together.clone());
+            let next =
+                Identity { version: next_version(), svid: before.svid.clone(), bundle: Arc::new(bundle) };
+            let own = next.verify();
+            slot.current.store(Some(Arc::new(next)));
+            if let Err(fault) = own {
+                tracing::warn!(id = %slot.id, %fault, "our own certificate is refused by peers; asking for another");
+                slot.renew.notify_one();
+            }
+        }
+        drop(revoked);
+        self.changed();
+    }
+
+    /// The revocation lists in force.
+    pub fn revocations(&self) -> Arc<Revocations> {
+        lock(&self.revoked).together.clone()
     }
 
     /// Sets the identities to hold: those of the node's enrolled workloads. Others are forgotten at once.
@@ -161,12 +277,15 @@ impl Identities {
         let mut failures_in_a_row = 0;
         loop {
             let next = match self.attempt(&slot.id).await {
-                Ok(identity) => {
+                Ok((svid, bundle)) => {
                     failures_in_a_row = 0;
-                    self.replace(&slot, identity)
+                    self.replace(&slot, svid, bundle)
                 }
                 Err(error) => {
                     failures_in_a_row += 1;
+                    if matches!(error, Error::Withdrawn { .. }) && slot.current.swap(None).is_some() {
+                        self.changed();
+                    }
                     self.failed(&slot, &error, failures_in_a_row)
                 }
             };
@@ -174,36 +293,47 @@ impl Identities {
         }
     }
 
-    async fn attempt(&self, id: &SpiffeId) -> Result<Identity, Error> {
+    async fn attempt(&self, id: &SpiffeId) -> Result<(Svid, TrustBundle), Error> {
+        let authority = match &self.origin {
+            Origin::Authority(authority) => authority,
+            Origin::WorkloadApi(api) => return api.svid(id),
+        };
         let timeout = self.config.attempt_timeout;
         // Only closing it could fail, and nobody does. Waiting for a turn doesn't count as waiting for the authority.
         let _turn = self.attempts.acquire().await.ok();
-        let issued = tokio::time::timeout(timeout, issue(&*self.authority, id, self.config.lifetime));
-        let (svid, bundle) =
-            issued.await.map_err(|_| Error::TimedOut { id: id.clone(), waited: timeout })??;
-        Ok(Identity { version: next_version(), svid: Arc::new(svid), bundle: Arc::new(bundle) })
+        let issued = tokio::time::timeout(timeout, issue(&**authority, id, self.config.lifetime));
+        issued.await.map_err(|_| Error::TimedOut { id: id.clone(), waited: timeout })?
     }
 
     /// Returns when to renew.
-    fn replace(&self, slot: &Slot, identity: Identity) -> SystemTime {
+    fn replace(&self, slot: &Slot, svid: Svid, bundle: TrustBundle) -> SystemTime {
         let now = SystemTime::now();
         // From now on, not from the start that the certificate states: authorities date it back.
-        let left = identity.svid.not_after.duration_since(now).unwrap_or_default();
-        let next = now + left.mul_f64(rand::rng().random_range(0.45..0.55));
+        let left = svid.not_after.duration_since(now).unwrap_or_default();
+        let next = now + left.mul_f64(rand::rng().random_range(0.45..0.55)).max(SOONEST);
+        let revoked = lock(&self.revoked);
+        let bundle = bundle.with(revoked.together.clone());
+        let unchanged = |before: &Identity| before.svid.chain == svid.chain && *before.bundle == bundle;
+        let same = slot.current.load().as_ref().is_some_and(|before| unchanged(before));
+        let mut progress = lock(&slot.progress);
+        progress.last_error = None;
+        progress.next_renewal = Some(next);
+        if same {
+            // A Workload API renews when it sees fit, and has not yet.
+            return next;
+        }
+        progress.renewals += 1;
+        drop(progress);
         tracing::info!(
             id = %slot.id,
-            serial = identity.svid.serial,
-            not_after = timestamp(identity.svid.not_after),
+            serial = svid.serial,
+            not_after = timestamp(svid.not_after),
             next_renewal = timestamp(next),
             "certificate issued"
         );
-        {
-            let mut progress = lock(&slot.progress);
-            progress.renewals += 1;
-            progress.last_error = None;
-            progress.next_renewal = Some(next);
-        }
+        let identity = Identity { version: next_version(), svid: Arc::new(svid), bundle: Arc::new(bundle) };
         slot.current.store(Some(Arc::new(identity)));
+        drop(revoked);
         self.changed();
         next
     }
@@ -226,6 +356,7 @@ impl Identities {
         }
         let mut progress = lock(&slot.progress);
         progress.failures += 1;
+        *progress.failures_by_reason.entry(error.reason()).or_default() += 1;
         progress.last_error = Some(error.to_string());
         progress.next_renewal = Some(next);
         next
@@ -260,71 +391,6 @@ impl Identities {
                 () = tokio::time::sleep(nap) => {}
                 () = slot.renew.notified() => return,
             }
-        }
-    }
-}
-
-/// One identity's certificate, for people and metrics.
-#[derive(Debug, Clone, Serialize)]
-pub struct IdentityStatus {
-    pub id: SpiffeId,
-    /// The certificate in use; absent before the first and after an expiry.
-    pub serial: Option<String>,
-    pub not_before: Option<SystemTime>,
-    pub not_after: Option<SystemTime>,
-    /// The next attempt, whether a renewal or a retry.
-    pub next_renewal: Option<SystemTime>,
-    /// Of the last attempt, if it failed.
-    pub last_error: Option<String>,
-    /// Certificates obtained, the first included.
-    pub renewals: u64,
-    /// Attempts that failed.
-    pub failures: u64,
-}
-
-struct Slot {
-    id: SpiffeId,
-    current: ArcSwapOption<Identity>,
-    /// Now, whatever is planned.
-    renew: Notify,
-    progress: Mutex<Progress>,
-}
-
-#[derive(Default)]
-struct Progress {
-    next_renewal: Option<SystemTime>,
-    last_error: Option<String>,
-    renewals: u64,
-    failures: u64,
-}
-
-impl Slot {
-    fn new(id: SpiffeId) -> Arc<Self> {
-        Arc::new(Self {
-            id,
-            current: ArcSwapOption::empty(),
-            renew: Notify::new(),
-            progress: Mutex::default(),
-        })
-    }
-
-    fn not_after(&self) -> Option<SystemTime> {
-        self.current.load().as_ref().map(|identity| identity.svid.not_after)
-    }
-
-    fn status(&self) -> IdentityStatus {
-        let current = self.current.load_full().filter(|identity| SystemTime::now() < identity.svid.not_after);
-        let svid = current.as_ref().map(|identity| &identity.svid);
-        let progress = lock(&self.progress);
-        IdentityStatus {
-            id: self.id.clone(),
-            serial: svid.map(|svid| svid.serial.clone()),
-            not_before: svid.map(|svid| svid.not_before),
-            not_after: svid.map(|svid| svid.not_after),
-            next_renewal: progress.next_renewal,
-            last_error: progress.last_error.clone(),
-            renewals: progress.renewals,
-            failures: progress.failures,
         }
     }
 }
@@ -370,9 +436,4 @@ impl Renewals {
 fn next_version() -> u64 {
     static VERSIONS: AtomicU64 = AtomicU64::new(1);
     VERSIONS.fetch_add(1, Ordering::Relaxed)
-}
-
-/// What these locks guard is valid at every step, so a panicked holder leaves nothing half done.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -5,7 +5,7 @@ use std::time::SystemTime;
 use rustls_pki_types::CertificateDer;
 
 use super::issuing::verify;
-use super::{Certificate, Fault, Identity, SpiffeId};
+use super::{Certificate, Fault, Identity, SpiffeId, TrustBundle};
 
 impl Identity {
     /// Judges the certificate in use against the bundle in force, now.
@@ -14,11 +14,11 @@ impl Identity {
     ///
     /// What a peer would refuse it for.
     pub fn verify(&self) -> Result<(), Fault> {
-        prove(&self.svid.id, &self.svid.chain, &self.bundle.roots)
+        prove(&self.svid.id, &self.svid.chain, &self.bundle)
     }
 }
 
-fn prove(id: &SpiffeId, chain: &[CertificateDer<'_>], roots: &[CertificateDer<'_>]) -> Result<(), Fault> {
+fn prove(id: &SpiffeId, chain: &[CertificateDer<'_>], bundle: &TrustBundle) -> Result<(), Fault> {
     let Some((leaf, intermediates)) = chain.split_first() else {
         return Err(Fault::Malformed(super::InvalidCertificate::None));
     };
@@ -31,7 +31,7 @@ fn prove(id: &SpiffeId, chain: &[CertificateDer<'_>], roots: &[CertificateDer<'_
     if now < not_before || not_after <= now {
         return Err(Fault::Validity { not_before, not_after });
     }
-    verify(leaf, intermediates, roots).map_err(Fault::Chain)
+    verify(leaf, intermediates, bundle).map_err(Fault::Chain)
 }
 
 #[cfg(test)]
@@ -74,7 +74,7 @@ mod tests {
         let (ours, foreign) = (authority("ours"), authority("foreign"));
         let id = WEB.parse().unwrap();
         let prove = |chain: &[CertificateDer<'_>], root: &Authority| {
-            prove(&id, chain, std::slice::from_ref(&root.root)).map_err(|fault| fault.to_string())
+            prove(&id, chain, &TrustBundle::new(vec![root.root.clone()])).map_err(|fault| fault.to_string())
         };
         let good = leaf(&ours, WEB, -1, 1);
         assert_eq!(prove(std::slice::from_ref(&good), &ours), Ok(()));

@@ -10,7 +10,7 @@ use rustls_pki_types::CertificateDer;
 use super::Inspection;
 use crate::identity::{Certificate, Identity, IdentityStatus, SpiffeId};
 use crate::mesh::Mesh;
-use crate::observe::{CertificateRow, ChainRow, Filter, Listing};
+use crate::observe::{CertificateRow, ChainRow, Filter, Listing, RevocationRow};
 
 /// The name that a filter means is a pod's or a service account's.
 pub(super) fn list(inspection: &Inspection, mesh: &Mesh, filter: &Filter) -> Listing<CertificateRow> {
@@ -49,6 +49,7 @@ fn row(status: &IdentityStatus, current: Option<Arc<Identity>>, workloads: Vec<S
         last_error: status.last_error.clone(),
         chain: current.as_ref().map(|identity| rows(&identity.svid.chain)).unwrap_or_default(),
         roots: current.as_ref().map(|identity| rows(&identity.bundle.roots)).unwrap_or_default(),
+        revocation_lists: current.as_deref().map(RevocationRow::of).unwrap_or_default(),
         verifies,
         verdict,
     }

@@ -19,8 +19,8 @@ use crate::explain;
 use crate::identity::Identities;
 use crate::mesh::{self, Mesh, Workload};
 use crate::observe::{
-    CertificateRow, Direction, Enrolment, Filter, Flow, Inspector, Judged, Listing, Pair, Path, PodRow,
-    PolicyRow, ServiceRow, Unverifiable, Verification, WorkloadRow,
+    CertificateRow, Direction, Enrolment, Filter, Flow, Inspector, Judged, Listing, Pair, PodRow, PolicyRow,
+    ServiceRow, Unverifiable, Verification, WorkloadRow,
 };
 use crate::policy::{Peer, Request};
 use crate::worker::LocalPods;
@@ -80,7 +80,7 @@ fn judged(mesh: &Mesh, flow: &Flow) -> Judged {
     let known = flow.destination.workload.as_ref().and_then(|_| mesh.workload(flow.address.ip()));
     let Some(destination) = known.filter(|workload| workload.enrolled) else { return Judged::default() };
     let mode = Some(mesh.policies.mode(destination, flow.address.port()).to_string());
-    if flow.direction == Direction::Outbound && flow.path != Path::SameNode {
+    if flow.direction == Direction::Outbound && !flow.path.is_within_node() {
         return Judged { mode, policy: None };
     }
     let peer = flow.source.identity.as_ref().map_or(Peer::Plaintext, Peer::Verified);

@@ -35,6 +35,11 @@ pub(super) fn verdict(expected: &Explanation, seen: Seen, checks: &[CheckRow]) -
     let protected = match expected.path.as_str() {
         "tunnel" => Proof::Encrypted,
         "same_node" => Proof::SameNode,
+        "direct" => {
+            reasons
+                .insert(0, "--same-node direct: bytes cross the node's pod network unencrypted".to_owned());
+            return (if failed.is_empty() { Proof::Direct } else { Proof::Unproven }, reasons);
+        }
         "inside" => {
             reasons.push("both are one pod: its connections to itself are not the mesh's".to_owned());
             return (Proof::Unproven, reasons);
@@ -121,6 +126,8 @@ mod tests {
             ("tunnel", permissive, true, destination, good(), Proof::Unproven),
             ("same_node", permissive, true, both, good(), Proof::SameNode),
             ("same_node", permissive, true, both, bad(), Proof::Unproven),
+            ("direct", strict, true, both, good(), Proof::Direct),
+            ("direct", strict, true, both, bad(), Proof::Unproven),
             ("tunnel", strict, true, both, bad(), Proof::Unproven),
             ("tunnel", strict, true, both, leak(), Proof::Plaintext),
             ("tunnel", strict, false, both, leak(), Proof::Plaintext),

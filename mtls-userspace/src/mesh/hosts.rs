@@ -19,6 +19,9 @@ pub(super) struct Host {
     pub name: Arc<str>,
     zone: Option<Arc<str>>,
     addresses: Vec<IpAddr>,
+    /// Where what it dials into pods comes from besides: bridges and tunnel devices have the first addresses of its range
+    /// of pods. With some networks a pod may have such an address all the same.
+    bridges: Vec<IpAddr>,
     control_plane: bool,
 }
 
@@ -34,6 +37,7 @@ pub struct NodeName {
 pub(super) struct Hosts {
     zones: HashMap<Arc<str>, Arc<str>>,
     addresses: HashMap<IpAddr, NodeName>,
+    bridges: HashMap<IpAddr, NodeName>,
 }
 
 impl Host {
@@ -41,23 +45,15 @@ impl Host {
     pub(super) fn read(node: &Node, interner: &mut Interner) -> Self {
         let label = |key| node.metadata.labels.as_ref().and_then(|labels| labels.get(key));
         let listed = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
-        let pod_ranges =
-            node.spec.iter().flat_map(|spec| spec.pod_cidrs.iter().flatten().chain(&spec.pod_cidr));
-        let mut addresses: Vec<IpAddr> =
-            listed.filter_map(|address| parse_address(&address.address).ok()).collect();
-        // Bridges and tunnel devices of the node have the first addresses of its range of pods: what the node itself
-        // dials into pods comes from there.
-        addresses.extend(
-            pod_ranges
-                .filter_map(|range| range.parse::<ipnet::IpNet>().ok())
-                .flat_map(|range| [range.network(), next(range.network())]),
-        );
-        addresses.sort_unstable();
-        addresses.dedup();
+        let ranges = node.spec.iter().flat_map(|spec| spec.pod_cidrs.iter().flatten().chain(&spec.pod_cidr));
+        let ranges = ranges.filter_map(|range| range.parse::<ipnet::IpNet>().ok());
+        let mut bridges: Vec<IpAddr> = ranges.flat_map(|it| [it.network(), next(it.network())]).collect();
+        bridges.dedup();
         Self {
             name: interner.text(node.metadata.name.as_deref().unwrap_or_default()),
             zone: label(ZONE).map(|zone| interner.text(zone)),
-            addresses,
+            addresses: listed.filter_map(|address| parse_address(&address.address).ok()).collect(),
+            bridges,
             control_plane: label(CONTROL_PLANE).is_some(),
         }
     }
@@ -79,6 +75,7 @@ impl Hosts {
             }
             let named = NodeName { name: host.name.clone(), control_plane: host.control_plane };
             all.addresses.extend(host.addresses.iter().map(|address| (*address, named.clone())));
+            all.bridges.extend(host.bridges.iter().map(|address| (*address, named.clone())));
         }
         all
     }
@@ -87,7 +84,13 @@ impl Hosts {
         self.zones.get(node).map(AsRef::as_ref)
     }
 
+    /// Whether this is a node's own address, and no pod's.
+    pub(super) fn owns(&self, address: IpAddr) -> bool {
+        self.addresses.contains_key(&address)
+    }
+
+    /// The node that dials from this address.
     pub(super) fn at(&self, address: IpAddr) -> Option<&NodeName> {
-        self.addresses.get(&address)
+        self.addresses.get(&address).or_else(|| self.bridges.get(&address))
     }
 }

@@ -38,6 +38,8 @@ pub(super) struct Interner {
     labels: HashSet<Labels>,
     /// By namespace and service account.
     identities: HashMap<Arc<str>, HashMap<Arc<str>, SpiffeId>>,
+    /// How much there was after the last sweep.
+    swept: usize,
 }
 
 impl Interner {
@@ -75,14 +77,22 @@ impl Interner {
         Ok(identity)
     }
 
+    /// Sweeps when what is held has doubled since the last time: pods come and go for weeks without another list.
+    pub(super) fn sweep_if_grown(&mut self) {
+        if self.texts.len() + self.labels.len() > 2 * self.swept + 1024 {
+            self.sweep();
+        }
+    }
+
     /// Lets go of what nobody else holds any more.
-    pub(super) fn sweep(&mut self) {
+    fn sweep(&mut self) {
         self.labels.retain(|labels| Arc::strong_count(&labels.0) > 1);
         self.texts.retain(|text| Arc::strong_count(text) > 1);
         for accounts in self.identities.values_mut() {
             accounts.retain(|_, identity| identity.is_shared());
         }
         self.identities.retain(|_, accounts| !accounts.is_empty());
+        self.swept = self.texts.len() + self.labels.len();
     }
 }
 

@@ -58,12 +58,15 @@ pub struct Settings {
 pub struct Workload {
     pub namespace: Arc<str>,
     pub name: Arc<str>,
+    /// What kubelet names the pod's cgroup after: `metadata.uid`, or of a static pod the digest of its manifest.
+    pub uid: Option<Arc<str>>,
     pub service_account: Arc<str>,
     /// `app` (or `app.kubernetes.io/name`) label, else the pod's name: Istio's `*_canonical_service`/`*_app`.
     pub app: Arc<str>,
     /// Node the pod runs on (`spec.nodeName`).
     pub node: Option<Arc<str>>,
-    /// All pod IPs, canonical, in manifest order; never empty. Of a pod on the host network: the node's.
+    /// All pod IPs, canonical, in manifest order; empty only while the pod is [starting](Mesh::starting). Of a pod on the
+    /// host network: the node's.
     pub addresses: Vec<IpAddr>,
     pub labels: Labels,
     /// `istio.io/dataplane-mode` says so and the pod is not on the host network.
@@ -101,6 +104,8 @@ pub struct Mesh {
     /// Rises with every accepted change.
     pub generation: u64,
     pub workloads: Arc<Vec<Arc<Workload>>>,
+    /// Pods that have a node but no address yet.
+    starting: Arc<Vec<Arc<Workload>>>,
     pub policies: Arc<Policies>,
     by_address: Arc<HashMap<IpAddr, Arc<Workload>>>,
     services: Arc<Services>,
@@ -124,6 +129,7 @@ impl Mesh {
             .flat_map(|pod| pod.workload.addresses.iter().map(|address| (*address, pod.workload.clone())))
             .collect();
         let services = Services::new(objects, &pods, &mut interner, &mut warnings)?;
+        let starting = pod::starting_pods(objects, settings, &mut interner)?;
         let hosts: Vec<Host> =
             objects.nodes.iter().map(|placed| Host::read(&placed.object, &mut interner)).collect();
         let workloads: Vec<Arc<Workload>> = pods.into_iter().map(|pod| pod.workload).collect();
@@ -136,6 +142,7 @@ impl Mesh {
         Ok(Self {
             generation,
             workloads: Arc::new(workloads),
+            starting: Arc::new(starting),
             policies: Arc::new(policies),
             by_address: Arc::new(by_address),
             services: Arc::new(services),
@@ -168,13 +175,22 @@ impl Mesh {
     }
 
     /// A pod of which only its slice has told so far could be enrolled: to dial it would be to risk plaintext.
-    fn is_known(&self, endpoint: &Endpoint) -> bool {
-        let address = endpoint.address.ip();
-        !endpoint.is_pod || self.by_address.contains_key(&address) || self.hosts.at(address).is_some()
+    /// Every endpoint to which [`Self::resolve`] may send connections to a Service's address, dialled on `node`; of more
+    /// than `most`, so many and one. None for any other address.
+    pub fn eligible(&self, dst: OriginalDst, node: &str, most: usize) -> Option<Vec<SocketAddr>> {
+        let vip = self.services.vip(dst.addr())?;
+        let from = Vantage { node, zone: self.hosts.zone(node) };
+        let endpoints = vip.eligible(from, most, |endpoint| self.is_known(endpoint));
+        Some(endpoints.iter().map(|endpoint| endpoint.address).collect())
     }
 
-    /// The node that has this address, if nodes are known. Whatever runs on its network, the API server of a control
-    /// plane node for example, comes from there.
+    fn is_known(&self, endpoint: &Endpoint) -> bool {
+        let address = endpoint.address.ip();
+        !endpoint.is_pod || self.by_address.contains_key(&address) || self.hosts.owns(address)
+    }
+
+    /// The node that dials from this address, if nodes are known: whatever runs on its network, for example the API
+    /// server of a control plane node.
     pub fn node_at(&self, address: IpAddr) -> Option<&NodeName> {
         self.hosts.at(address)
     }
@@ -234,6 +250,22 @@ impl Mesh {
     /// Enrolled workloads on a node.
     pub fn enrolled_on<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Arc<Workload>> {
         self.workloads.iter().filter(move |w| w.enrolled && w.node.as_deref() == Some(node))
+    }
+
+    /// Pods on a node that have no address yet, enrolled or not. Nobody can dial them.
+    pub fn starting<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Arc<Workload>> {
+        self.starting.iter().filter(move |w| w.node.as_deref() == Some(node))
+    }
+
+    /// Every pod that has an address or a node.
+    pub fn workloads_and_starting(&self) -> impl Iterator<Item = &Arc<Workload>> {
+        self.workloads.iter().chain(self.starting.iter())
+    }
+
+    /// Identities of enrolled pods on a node, of those too that are still starting.
+    pub fn identities_on<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a SpiffeId> {
+        let starting = self.starting(node).filter(|workload| workload.enrolled);
+        self.enrolled_on(node).chain(starting).map(|workload| &workload.identity)
     }
 
     /// What in the objects is not honoured as written. Policies have their own: [`Policies::warnings`].

@@ -17,6 +17,9 @@ use super::{Settings, Warning, Workload};
 
 /// Namespace and pod label that enrols: `ambient`. On a pod, `none` opts out.
 const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
+/// Of the API's image of a static pod: the UID that kubelet gave the pod itself.
+const STATIC_UID: &str = "kubernetes.io/config.hash";
+const STATIC: &str = "kubernetes.io/config.mirror";
 const NETNS: &str = "mtls.dev/netns";
 const CGROUP: &str = "mtls.dev/cgroup";
 
@@ -34,14 +37,7 @@ pub(super) fn live_pods<'a>(
     interner: &mut Interner,
     warnings: &mut Vec<Warning>,
 ) -> Result<Vec<LivePod<'a>>, Error> {
-    let enrolling: HashSet<&str> = objects
-        .namespaces
-        .iter()
-        .map(|placed| &placed.object.metadata)
-        .filter(|metadata| enrols(metadata))
-        .filter_map(|metadata| metadata.name.as_deref())
-        .collect();
-
+    let enrolling = enrolling(objects);
     let mut candidates = Vec::new();
     for placed in objects.pods.iter().filter(|placed| !is_finished(&placed.object)) {
         let addresses = addresses(placed)?;
@@ -62,6 +58,32 @@ pub(super) fn live_pods<'a>(
             Ok(LivePod { workload: Arc::new(workload), pod: &placed.object, host_network })
         })
         .collect()
+}
+
+/// Pods that are bound to a node and have no address yet.
+pub(super) fn starting_pods(
+    objects: &Objects,
+    settings: &Settings,
+    interner: &mut Interner,
+) -> Result<Vec<Arc<Workload>>, Error> {
+    let enrolling = enrolling(objects);
+    let mut starting = Vec::new();
+    for placed in objects.pods.iter().filter(|placed| !is_finished(&placed.object)) {
+        let addresses = addresses(placed)?;
+        if addresses.is_empty() {
+            let mut workload = workload(placed, addresses, settings, interner)?;
+            let enrolled_namespace = enrolling.contains(namespace(&placed.object.metadata));
+            workload.enrolled = takes_part(&placed.object, enrolled_namespace);
+            starting.extend(workload.node.is_some().then(|| Arc::new(workload)));
+        }
+    }
+    Ok(starting)
+}
+
+/// Names of the namespaces whose label enrols their pods.
+fn enrolling(objects: &Objects) -> HashSet<&str> {
+    let metadata = objects.namespaces.iter().map(|placed| &placed.object.metadata);
+    metadata.filter(|metadata| enrols(metadata)).filter_map(|metadata| metadata.name.as_deref()).collect()
 }
 
 /// A namespace's label that enrols its pods.
@@ -101,18 +123,20 @@ pub(super) struct Age {
 }
 
 impl Single {
-    /// `None` for a pod that has no address, or has it no longer.
+    /// `None` for a pod that has neither address nor node, or has them no longer.
     pub(super) fn read(
         placed: &Placed<Pod>,
         settings: &Settings,
         interner: &mut Interner,
     ) -> Result<Option<Self>, Error> {
         let pod = &placed.object;
-        let addresses = addresses(placed)?;
-        if is_finished(pod) || addresses.is_empty() {
+        if is_finished(pod) {
             return Ok(None);
         }
-        let workload = workload(placed, addresses, settings, interner)?;
+        let workload = workload(placed, addresses(placed)?, settings, interner)?;
+        if workload.addresses.is_empty() && workload.node.is_none() {
+            return Ok(None);
+        }
         let started = pod.status.as_ref().and_then(|status| status.start_time.as_ref());
         Ok(Some(Self {
             workload: Arc::new(workload),
@@ -250,6 +274,7 @@ fn workload(
         service_account: identity.service_account().clone(),
         app: app.map_or_else(|| name.clone(), |app| interner.text(app)),
         name,
+        uid: uid(metadata).map(Arc::from),
         node: named(spec.and_then(|s| s.node_name.as_ref())).map(|node| interner.text(node)),
         addresses,
         labels,
@@ -259,6 +284,22 @@ fn workload(
         netns: path(placed, NETNS)?,
         cgroup: path(placed, CGROUP)?,
     })
+}
+
+fn uid(metadata: &ObjectMeta) -> Option<&str> {
+    let annotation = |name| metadata.annotations.as_ref().and_then(|annotations| annotations.get(name));
+    // A digest without dashes, so that nobody can annotate a pod with the UID of another one.
+    let is_digest = |text: &&str| text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let of_static_pod = annotation(STATIC).and_then(|_| named(annotation(STATIC_UID))).filter(is_digest);
+    of_static_pod.or_else(|| named(metadata.uid.as_ref()))
+}
+
+/// Takes away what a pod says of where it lives: whoever may make a pod may annotate it, and must not lead us into
+/// another pod's network namespace.
+pub(super) fn forget_annotated_place(metadata: &mut ObjectMeta) {
+    if let Some(annotations) = &mut metadata.annotations {
+        annotations.retain(|name, _| name != NETNS && name != CGROUP);
+    }
 }
 
 fn named(name: Option<&String>) -> Option<&str> {

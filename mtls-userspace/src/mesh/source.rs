@@ -5,8 +5,8 @@
 use std::any::Any;
 use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::sync::watch;
@@ -52,6 +52,13 @@ impl Source {
         self.shared.generation.subscribe()
     }
 
+    /// Calls `before` with the mesh in force, and with each one to come before it is in force. It must not wait.
+    pub fn before_each(&self, before: impl Fn(&Mesh) + Send + Sync + 'static) {
+        let mut all = self.shared.before.lock().unwrap_or_else(PoisonError::into_inner);
+        before(&self.current());
+        all.push(Box::new(before));
+    }
+
     /// Why what is there now isn't all in force; `None` when it is.
     pub fn last_error(&self) -> Option<String> {
         self.shared.last_error.load().as_deref().cloned()
@@ -69,7 +76,11 @@ pub(super) struct Shared {
     generation: watch::Sender<u64>,
     last_error: ArcSwapOption<String>,
     errors: AtomicU64,
+    /// Who must be done with a mesh before it is in force.
+    before: Mutex<Vec<Before>>,
 }
+
+type Before = Box<dyn Fn(&Mesh) + Send + Sync>;
 
 impl Shared {
     pub(super) fn new(mesh: Mesh) -> Arc<Self> {
@@ -79,6 +90,7 @@ impl Shared {
             current: ArcSwap::from_pointee(mesh),
             last_error: ArcSwapOption::empty(),
             errors: AtomicU64::new(0),
+            before: Mutex::default(),
         })
     }
 
@@ -89,7 +101,10 @@ impl Shared {
     pub(super) fn publish(&self, mesh: Mesh) {
         report(&mesh, Some(&self.current()));
         let generation = mesh.generation;
+        let before = self.before.lock().unwrap_or_else(PoisonError::into_inner);
+        before.iter().for_each(|before| before(&mesh));
         self.current.store(Arc::new(mesh));
+        drop(before);
         self.generation.send_replace(generation);
     }
 

@@ -125,6 +125,30 @@ impl Vip {
         }
     }
 
+    /// Every endpoint that [`Self::choose`] may choose; of more than `most`, so many and one.
+    pub(super) fn eligible(
+        &self,
+        from: Vantage<'_>,
+        most: usize,
+        usable: impl Fn(&Endpoint) -> bool,
+    ) -> Vec<Endpoint> {
+        let of = |places: &mut dyn Iterator<Item = &Endpoint>| {
+            let found: Vec<Endpoint> = places.filter(|it| usable(it)).take(most + 1).copied().collect();
+            (!found.is_empty()).then_some(found)
+        };
+        let at = |places: &Vec<u32>| of(&mut places.iter().filter_map(|at| self.endpoints.get(*at as usize)));
+        let node = || self.by_node.get(from.node).and_then(at);
+        let zone = || self.by_zone.get(from.zone?).and_then(at);
+        let any = || of(&mut self.endpoints.iter());
+        let found = match self.locality {
+            Locality::Anywhere => any(),
+            Locality::SameZoneFirst => zone().or_else(any),
+            Locality::SameNodeFirst => node().or_else(zone).or_else(any),
+            Locality::SameNodeOnly => node(),
+        };
+        found.unwrap_or_default()
+    }
+
     fn among(&self, places: &[u32], usable: impl Fn(&Endpoint) -> bool) -> Option<&Endpoint> {
         pick(places.len(), |at| self.endpoints.get(*places.get(at)? as usize).filter(|it| usable(it)))
     }

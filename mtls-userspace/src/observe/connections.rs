@@ -67,7 +67,7 @@ pub(super) struct Connections {
 }
 
 impl Connections {
-    pub fn insert(&self, flow: Flow, reports: Reports) -> Arc<Open> {
+    pub fn insert(&self, flow: Flow, reports: Reports, since: Instant) -> Arc<Open> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let open = Arc::new(Open {
             id,
@@ -75,7 +75,7 @@ impl Connections {
             progress: Progress::default(),
             folded: Folded::default(),
             reports,
-            since: Instant::now(),
+            since,
             stop: OnceLock::new(),
             stopping: Notify::new(),
         });
@@ -139,6 +139,19 @@ impl Connection {
         &self.open.progress
     }
 
+    /// Takes up bytes that were counted by somebody else: they are part of the connection, not of these metrics.
+    pub fn adopt(&self, sent: u64, received: u64) {
+        self.open.folded.sent.fetch_max(sent, Ordering::Relaxed);
+        self.open.folded.received.fetch_max(received, Ordering::Relaxed);
+        self.open.progress.reach(sent, received);
+    }
+
+    /// Leaves the connection, which goes on, to the next agent to report.
+    pub fn hand_over(mut self) {
+        self.closed = true;
+        self.observer.inner.connections.remove(&self.open);
+    }
+
     pub fn flow(&self) -> &Flow {
         &self.open.flow
     }
@@ -159,6 +172,13 @@ impl Connection {
                 return reason.clone();
             }
             notified.await;
+        }
+    }
+
+    /// Notes why the connection is about to be stopped, where it was not the observer who asked for it.
+    pub fn revoke(&self, reason: Arc<str>) {
+        if self.open.revoke(reason) {
+            self.observer.inner.events.revoked.inc();
         }
     }
 

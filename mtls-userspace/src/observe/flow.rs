@@ -10,6 +10,7 @@ use crate::addr::{OriginalDst, OriginalSrc};
 use crate::identity::SpiffeId;
 use crate::mesh::Workload;
 use crate::policy::{Denied, Reason};
+use crate::tunnel::HandshakeFailure;
 
 /// Which end of the connection this agent stands at.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -54,6 +55,9 @@ pub enum Path {
     /// Both pods on this node: authorized with both identities, relayed without leaving the agent. Reported once,
     /// by either direction; Istio's metrics get it as reported by the source and by the destination.
     SameNode,
+    /// Both pods on this node: authorized with both identities, then from pod to pod without an agent. Reported as
+    /// [`Path::SameNode`] is.
+    Direct,
     /// Plain TCP accepted by an enrolled destination.
     Plaintext,
     /// Plain TCP to a destination that is not enrolled, or nobody knows.
@@ -61,12 +65,19 @@ pub enum Path {
 }
 
 impl Path {
-    pub(super) const ALL: [Self; 4] = [Self::Tunnel, Self::SameNode, Self::Plaintext, Self::Passthrough];
+    pub(super) const ALL: [Self; 5] =
+        [Self::Tunnel, Self::SameNode, Self::Direct, Self::Plaintext, Self::Passthrough];
+
+    /// Whether this agent stands at both ends, and judges for both.
+    pub fn is_within_node(self) -> bool {
+        matches!(self, Self::SameNode | Self::Direct)
+    }
 
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Tunnel => "tunnel",
             Self::SameNode => "same_node",
+            Self::Direct => "direct",
             Self::Plaintext => "plaintext",
             Self::Passthrough => "passthrough",
         }
@@ -77,7 +88,7 @@ impl Path {
     pub(super) fn security_policy(self) -> &'static str {
         match self {
             Self::Tunnel => "mutual_tls",
-            Self::SameNode | Self::Plaintext => "none",
+            Self::SameNode | Self::Direct | Self::Plaintext => "none",
             Self::Passthrough => "unknown",
         }
     }
@@ -128,6 +139,9 @@ pub enum Refusal {
     /// The kernel half recorded no original destination: something in the pod dialled the agent's listener itself,
     /// or the record found no room.
     NoOriginalDestination,
+    /// The kernel half let the connection go directly, but policy, or the agent that had allowed it, had changed
+    /// meanwhile. Dialled again it is judged anew.
+    Stale,
     /// No certificate for the workload yet, or it has run out.
     NoCertificate,
     /// The peer agent could not be reached.
@@ -159,6 +173,7 @@ impl Refusal {
             Self::WrongPod => "wrong_pod",
             Self::ForgedSource => "forged_source",
             Self::NoOriginalDestination => "no_original_destination",
+            Self::Stale => "stale",
             Self::NoCertificate => "no_certificate",
             Self::PeerUnreachable => "peer_unreachable",
             Self::Handshake(_) => "handshake",
@@ -191,6 +206,7 @@ impl fmt::Display for Refusal {
                 f.write_str("the client address is neither the peer's nor of a pod with its identity")
             }
             Self::NoOriginalDestination => f.write_str("the kernel recorded no original destination"),
+            Self::Stale => f.write_str("it was allowed by a policy or an agent that is no longer in force"),
             Self::NoCertificate => f.write_str("the workload has no valid certificate"),
             Self::PeerUnreachable => f.write_str("the peer's agent cannot be reached"),
             Self::Handshake(failure) => write!(f, "handshake failed: {}", failure.as_str()),
@@ -199,40 +215,6 @@ impl fmt::Display for Refusal {
             Self::Protocol => f.write_str("the peer broke the tunnel protocol"),
             Self::Overloaded => f.write_str("a limit of this agent was reached"),
             Self::Io => f.write_str("a system call on this node failed"),
-        }
-    }
-}
-
-/// Why a TLS handshake did not produce an authenticated peer.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum HandshakeFailure {
-    /// The peer's chain ends in no root of the bundle.
-    UnknownCa,
-    Expired,
-    /// A valid certificate of somebody else.
-    WrongIdentity,
-    WrongTrustDomain,
-    NoCertificate,
-    Revoked,
-    /// Not TLS 1.3, no common suite or protocol, garbage.
-    Protocol,
-    Timeout,
-    /// The connection broke before the handshake ended.
-    Io,
-}
-
-impl HandshakeFailure {
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::UnknownCa => "unknown_ca",
-            Self::Expired => "expired",
-            Self::WrongIdentity => "wrong_identity",
-            Self::WrongTrustDomain => "wrong_trust_domain",
-            Self::NoCertificate => "no_certificate",
-            Self::Revoked => "revoked",
-            Self::Protocol => "protocol",
-            Self::Timeout => "timeout",
-            Self::Io => "io",
         }
     }
 }
@@ -246,7 +228,7 @@ pub enum Ending {
     ResetByDestination,
     /// The far side said no after this side had accepted.
     Rejected(Refusal),
-    /// Policy changed; names the policy that now refuses.
+    /// Policy changed, and this names the policy that now refuses; or the peer is no longer trusted.
     Revoked(Arc<str>),
     /// The tunnel ended without an end of stream: bytes may be missing.
     Truncated,

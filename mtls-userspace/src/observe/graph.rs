@@ -129,6 +129,7 @@ impl Inner {
     /// The edges, most noteworthy first, and how many there are in all.
     pub fn edges(&self) -> (Vec<Edge>, usize) {
         let mut reported = Reported::new();
+        self.providers.refresh();
         let open = self.connections.all();
         open.iter().for_each(|open| open.fold());
         for series in self.traffic.live() {

@@ -8,7 +8,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::flow::Flow;
-use super::status::{Enrolment, PartyRow};
+use super::status::{Enrolment, PartyRow, RevocationRow};
 use super::verification::{Pair, Unverifiable, Verification};
 
 /// Rows that a listing has unless told otherwise, and at most.
@@ -122,6 +122,9 @@ pub struct CertificateRow {
     pub chain: Vec<ChainRow>,
     /// Those of the bundle in force.
     pub roots: Vec<ChainRow>,
+    /// By which the bundle's peers are judged.
+    #[serde(default)]
+    pub revocation_lists: Vec<RevocationRow>,
     /// A peer with the bundle in force would accept it as this identity, now.
     pub verifies: bool,
     /// Why it verifies, or why not.

@@ -190,7 +190,7 @@ impl Events {
         );
         registry.register(
             "mtls_connections_revoked",
-            "Open connections asked to stop because policy no longer allows them",
+            "Open connections stopped because policy no longer allows them, or their peer is no longer trusted",
             self.revoked.clone(),
         );
     }
@@ -234,6 +234,7 @@ impl Collector for Inner {
         let identities = self.providers.identities();
         encode_certificates(&identities, &mut out)?;
         encode_lifetimes(&identities, &mut out)?;
+        encode_revocation_lists(&identities, &mut out)?;
         self.encode_plaintext(&mut out)?;
         let kernel = self.providers.kernel_counters().into_iter();
         let kernel = kernel.map(|(name, value)| (vec![("counter", name.to_owned())], value));
@@ -354,7 +355,13 @@ fn encode_certificates(identities: &[IdentityRow], out: &mut Exposition<'_>) -> 
     let identity = |row: &IdentityRow| vec![("identity", row.identity.clone())];
     let renewals = identities.iter().map(|row| (identity(row), row.renewals));
     out.counters("mtls_certificate_renewals", "Certificates obtained", renewals)?;
-    let failures = identities.iter().map(|row| (identity(row), row.failures));
+    let failures = identities.iter().flat_map(|row| {
+        let by_reason = row.failures_by_reason.iter();
+        by_reason.map(|(reason, count)| {
+            let labels = vec![("identity", row.identity.clone()), ("reason", reason.clone())];
+            (labels, *count)
+        })
+    });
     out.counters(
         "mtls_certificate_renewal_failures",
         "Attempts to obtain a certificate that failed",
@@ -369,6 +376,22 @@ fn encode_lifetimes(identities: &[IdentityRow], out: &mut Exposition<'_>) -> fmt
         Some((vec![("identity", row.identity.clone())], lifetime))
     });
     out.gauges("mtls_certificate_lifetime_seconds", "How long an identity's certificate lives", lifetimes)
+}
+
+/// Two lists of one issuer's name: the one that is due first is the one to be warned of.
+fn encode_revocation_lists(identities: &[IdentityRow], out: &mut Exposition<'_>) -> fmt::Result {
+    let mut due: BTreeMap<&str, i64> = BTreeMap::new();
+    for list in identities.iter().flat_map(|row| &row.revocation_lists) {
+        let Some(next) = list.next_update else { continue };
+        let first = due.entry(&list.issuer).or_insert(next.as_second());
+        *first = next.as_second().min(*first);
+    }
+    let due = due.into_iter().map(|(issuer, next)| (vec![("issuer", issuer.to_owned())], next));
+    out.gauges(
+        "mtls_revocation_list_next_update_timestamp_seconds",
+        "When a revocation list that peers are judged by is due to be replaced",
+        due,
+    )
 }
 
 /// Registers everything that is scraped.

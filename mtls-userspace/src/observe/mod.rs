@@ -16,6 +16,7 @@ use prometheus_client::registry::Registry;
 
 use crate::mesh::Workload;
 use crate::plaintext;
+use crate::tunnel::HandshakeFailure;
 
 mod access_log;
 mod admin;
@@ -55,7 +56,7 @@ use traffic::Traffic;
 pub use access_log::AccessLog;
 pub use admin::Admin;
 pub use connections::Connection;
-pub use flow::{Direction, Ending, Flow, HandshakeFailure, Party, Path, Refusal};
+pub use flow::{Direction, Ending, Flow, Party, Path, Refusal};
 pub use inspection::{
     CertificateRow, ChainRow, EndedRow, EndpointRow, Filter, Inspector, Judged, Listing, ModesRow, PolicyRow,
     ServiceRow, WorkloadRow,
@@ -64,7 +65,7 @@ pub use metrics::Plaintext;
 pub use readiness::{Condition, Readiness};
 pub use status::{
     AgentRow, ConnectionRow, ConnectionRows, Enrolment, IdentityRow, IssuerRole, IssuerRow, MeshRow,
-    OpenCount, PartyRow, PodRow, Status,
+    OpenCount, PartyRow, PodRow, RevocationRow, Status,
 };
 pub use verification::{CheckRow, End, Pair, Proof, Unverifiable, Verification};
 pub use workload_labels::controller;
@@ -171,10 +172,15 @@ impl Observer {
 
     /// Registers a connection that is about to carry bytes.
     pub fn open(&self, flow: Flow) -> Connection {
+        self.open_since(flow, Instant::now())
+    }
+
+    /// Registers a connection that may have carried bytes already.
+    pub fn open_since(&self, flow: Flow, since: Instant) -> Connection {
         let reports = self.inner.traffic.reports(&flow, "-");
         reports.each().for_each(|counts| count(&counts.opened));
         self.count_plaintext(&flow, Plaintext::Accepted);
-        Connection::new(self.clone(), self.inner.connections.insert(flow, reports))
+        Connection::new(self.clone(), self.inner.connections.insert(flow, reports, since))
     }
 
     /// Records a connection that was never opened.
@@ -265,6 +271,11 @@ impl Observer {
         self.inner.providers.set_inspector(inspector);
     }
 
+    /// What brings connections up to date that nobody reports as their bytes pass. Called before open ones are shown.
+    pub fn set_refresh(&self, refresh: Arc<dyn Fn() + Send + Sync>) {
+        self.inner.providers.set_refresh(refresh);
+    }
+
     /// Waits until the access log has written what was logged so far; false if it could not within `patience`.
     /// Blocks: for the end of the process, not for the data path.
     pub fn flush_access_log(&self, patience: Duration) -> bool {
@@ -279,6 +290,7 @@ impl Observer {
 
     /// The metrics in OpenMetrics text, the bytes of open connections included.
     fn scrape(&self) -> String {
+        self.inner.providers.refresh();
         for open in self.inner.connections.all() {
             open.fold();
         }
@@ -314,6 +326,7 @@ impl Observer {
 
     /// Open connections: how many there are, and the newest of those wanted.
     fn connection_rows(&self, shown: Range<usize>, wanted: &dyn Fn(&Flow) -> bool) -> ConnectionRows {
+        self.inner.providers.refresh();
         let mut newest = self.inner.connections.all();
         newest.retain(|open| wanted(&open.flow));
         newest.sort_unstable_by_key(|open| std::cmp::Reverse(open.id));

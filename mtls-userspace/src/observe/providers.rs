@@ -40,6 +40,7 @@ pub(super) struct Providers {
     conditions: Source<Judged>,
     plaintext: Source<plaintext::Facts>,
     plaintext_counts: Source<plaintext::Counts>,
+    refresh: Source<()>,
     inspector: RwLock<Option<Arc<dyn Inspector>>>,
 }
 
@@ -70,6 +71,15 @@ impl Providers {
 
     pub fn set_conditions(&self, ask: Ask<Judged>) {
         self.conditions.set(ask);
+    }
+
+    pub fn set_refresh(&self, refresh: Ask<()>) {
+        self.refresh.set(refresh);
+    }
+
+    /// Brings up to date what is not reported as it happens.
+    pub fn refresh(&self) {
+        self.refresh.ask();
     }
 
     pub fn set_plaintext(&self, facts: Ask<plaintext::Facts>, counts: Ask<plaintext::Counts>) {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::connections::Open;
 use super::flow::{Flow, Party};
 use super::inspection::Judged;
-use crate::identity::{Identity, IdentityStatus};
+use crate::identity::{Identity, IdentityStatus, RevocationList};
 
 /// One agent, at one moment.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -84,8 +84,35 @@ pub struct IdentityRow {
     pub last_error: Option<String>,
     pub renewals: u64,
     pub failures: u64,
+    /// The same by reason.
+    #[serde(default)]
+    pub failures_by_reason: BTreeMap<String, u64>,
     /// Intermediates of the chain and roots of the bundle.
     pub issuers: Vec<IssuerRow>,
+    #[serde(default)]
+    pub revocation_lists: Vec<RevocationRow>,
+}
+
+/// A revocation list that peers are judged by.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct RevocationRow {
+    pub issuer: String,
+    /// Certificates revoked.
+    pub revoked: usize,
+    /// When its issuer owes the next.
+    pub next_update: Option<Timestamp>,
+}
+
+impl RevocationRow {
+    /// The lists of an identity's bundle.
+    pub fn of(identity: &Identity) -> Vec<Self> {
+        let row = |list: &RevocationList| Self {
+            issuer: list.issuer.clone(),
+            revoked: list.revoked,
+            next_update: list.next_update.and_then(|at| Timestamp::try_from(at).ok()),
+        };
+        identity.bundle.revocations.lists().map(row).collect()
+    }
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -123,7 +150,13 @@ impl IdentityRow {
             last_error: status.last_error.clone(),
             renewals: status.renewals,
             failures: status.failures,
+            failures_by_reason: status
+                .failures_by_reason
+                .iter()
+                .map(|(reason, count)| ((*reason).to_owned(), *count))
+                .collect(),
             issuers,
+            revocation_lists: current.map(RevocationRow::of).unwrap_or_default(),
         }
     }
 }

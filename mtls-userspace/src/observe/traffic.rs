@@ -13,7 +13,7 @@ use prometheus_client::encoding::DescriptorEncoder;
 
 use super::bounded::{Bounded, Entry, Labels};
 use super::exposition::Exposition;
-use super::flow::{Direction, Flow, Party, Path};
+use super::flow::{Direction, Flow, Party};
 use super::workload_labels::{canonical_name, canonical_revision, controller};
 use crate::identity::SpiffeId;
 use crate::mesh::Workload;
@@ -76,7 +76,7 @@ impl Traffic {
             |reporter| self.table.entry(&FlowLabels::new(flow, reporter, response_flags, &self.cluster));
         Reports {
             own: series(flow.direction),
-            other: (flow.path == Path::SameNode).then(|| series(flow.direction.other())),
+            other: flow.path.is_within_node().then(|| series(flow.direction.other())),
         }
     }
 

@@ -45,6 +45,8 @@ pub enum Proof {
     Encrypted,
     /// Nothing on a wire; both identities proven by the kernel's record of who owns which socket.
     SameNode,
+    /// Both identities proven by the kernel, but the bytes cross the node's own network as they are.
+    Direct,
     /// There is no connection to protect: it would be refused.
     Refused,
     /// Bytes would be readable, or are.

@@ -64,6 +64,7 @@ mod tests {
         Workload {
             namespace: "shop".into(),
             name: name.into(),
+            uid: None,
             service_account: "default".into(),
             app: Arc::from(name),
             node: None,

@@ -309,13 +309,16 @@ fn port_facts(mesh: &Mesh, workload: &Workload, port: u16, kept: Option<&store::
         (Source::Workload(key), Some(now)) => now.enrolled && now.key() == **key,
         _ => false,
     };
-    let peers = found.into_iter().flat_map(|port| &port.peers);
+    let peers = || found.into_iter().flat_map(|port| &port.peers);
+    let nodes = peers().filter(|(peer, _)| peer.is_address());
+    let nodes = nodes.filter_map(|(_, row)| Some((row.address, mesh.node_at(row.address)?.clone())));
     PortFacts {
         mode,
         set_by: set_by.map(ToString::to_string),
         dry_run: dry_run.map(|(mode, policy)| (mode, policy.map(ToString::to_string))),
         is_served: kept.is_some_and(|pod| pod.served.contains(&port)),
-        peers: peers.map(|(peer, row)| (peer.clone(), row.clone(), is_enrolled(peer, row))).collect(),
+        nodes: nodes.collect(),
+        peers: peers().map(|(peer, row)| (peer.clone(), row.clone(), is_enrolled(peer, row))).collect(),
         missed: found.map(|port| port.missed).unwrap_or_default(),
     }
 }

@@ -12,12 +12,14 @@
 //!    "not_kept": {"count": 0, "last": null}, "unserved": {"count": 65532, "last": "2026-01-02T01:00:00Z"},
 //!    "ports": [{"port": 7000, "mode": "PERMISSIVE", "set_by": null, "listening": true, "ready": false,
 //!      "dry_run": {"mode": "STRICT", "policy": "shop/trial"},
-//!      "cut_off": [{"workload": "outside/cron", "enrolled": false, "address": "10.1.2.3", "connections": 12,
+//!      "cut_off": [{"workload": "outside/cron", "enrolled": false, "node": null, "control_plane": false,
+//!        "address": "10.1.2.3", "connections": 12,
 //!        "refused": 0, "open": 1, "first_seen": "2026-01-01T05:00:00Z", "last_seen": "2026-01-02T03:04:05Z"}],
 //!      "becomes_mtls": [], "not_kept": {"count": 0, "last": null}}]}]}
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +27,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use super::sighting::{Peer, Row, Source, Tally};
+use crate::mesh::NodeName;
 use crate::policy::Mode;
 
 /// What is asked.
@@ -80,6 +83,8 @@ pub struct PortFacts {
     pub is_served: bool,
     /// Each with whether it is enrolled now.
     pub peers: Vec<(Peer, Row, bool)>,
+    /// The nodes that dial from the addresses of peers that are no workloads.
+    pub nodes: HashMap<IpAddr, NodeName>,
     pub missed: Tally,
 }
 
@@ -154,6 +159,13 @@ pub struct PeerRow {
     pub workload: Option<String>,
     /// The workload takes part in the mesh now. Its plaintext is then an older connection's, or an agent is missing.
     pub enrolled: bool,
+    /// Of a client that is no workload: the node that dials from its address. That is the API server's call to a webhook,
+    /// a pod on the host's network, or a process of the node.
+    #[serde(default)]
+    pub node: Option<String>,
+    /// That node is where the API server runs.
+    #[serde(default)]
+    pub control_plane: bool,
     /// The last address it came from.
     pub address: String,
     /// Accepted within the whole observation. A resent first packet may count twice.
@@ -280,8 +292,8 @@ impl Judge<'_> {
             dry_run: port.dry_run.map(|(mode, policy)| DryRunRow { mode: mode.to_string(), policy }),
             listening: port.is_served,
             ready: reasons.len() == already,
-            cut_off: rows(cut_off),
-            becomes_mtls: rows(becomes_mtls),
+            cut_off: rows(cut_off, &port.nodes),
+            becomes_mtls: rows(becomes_mtls, &port.nodes),
             not_kept: port.missed.into(),
         }
     }
@@ -294,19 +306,22 @@ impl PortFacts {
 }
 
 /// The last seen first.
-fn rows(mut peers: Vec<(Peer, Row, bool)>) -> Vec<PeerRow> {
+fn rows(mut peers: Vec<(Peer, Row, bool)>, nodes: &HashMap<IpAddr, NodeName>) -> Vec<PeerRow> {
     peers.sort_by_key(|(_, row, _)| (std::cmp::Reverse(row.last), row.address));
-    peers.into_iter().map(|(peer, row, enrolled)| PeerRow::new(&peer, &row, enrolled)).collect()
+    peers.into_iter().map(|(peer, row, enrolled)| PeerRow::new(&peer, &row, enrolled, nodes)).collect()
 }
 
 impl PeerRow {
-    fn new(peer: &Peer, row: &Row, enrolled: bool) -> Self {
+    fn new(peer: &Peer, row: &Row, enrolled: bool, nodes: &HashMap<IpAddr, NodeName>) -> Self {
+        let node = nodes.get(&row.address).filter(|_| peer.is_address());
         Self {
             workload: match &peer.source {
                 Source::Workload(key) => Some(key.to_string()),
                 Source::Address(_) => None,
             },
             enrolled,
+            node: node.map(|node| node.name.to_string()),
+            control_plane: node.is_some_and(|node| node.control_plane),
             address: row.address.to_string(),
             connections: row.connections,
             refused: row.refused,

@@ -90,6 +90,12 @@ impl Progress {
         self.kernel_receives.store(true, Ordering::Relaxed);
     }
 
+    /// Raises both to what somebody else has counted.
+    pub fn reach(&self, sent: u64, received: u64) {
+        self.sent.fetch_max(sent, Ordering::Relaxed);
+        self.received.fetch_max(received, Ordering::Relaxed);
+    }
+
     // One task writes: a plain load and store cost less than an atomic addition.
     pub fn add_sent(&self, n: usize) {
         self.sent.store(self.sent() + n as u64, Ordering::Relaxed);

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use rustls::SupportedCipherSuite;
 use tokio::net::TcpStream;
@@ -88,7 +89,8 @@ impl ServerTunnel {
     }
 
     async fn next_open(&mut self) -> Result<Option<Open>, Error> {
-        let idle = self.config.idle_server;
+        let peer = self.stream.proof();
+        let distrusted = |failure| Error::Distrusted { peer: peer.id().clone(), failure };
         let (tcp, codec) = self.stream.split();
         loop {
             if codec.order.closed() {
@@ -98,7 +100,9 @@ impl ServerTunnel {
                 return Err(Error::Busy);
             }
             match codec.pull()? {
-                Pulled::Open(open) => return Ok(Some(open)),
+                Pulled::Open(open) => {
+                    return peer.unfit().map_or(Ok(Some(open)), |failure| Err(distrusted(failure)));
+                }
                 Pulled::Closed => return Ok(None),
                 // A client that was refused meanwhile: what follows is no longer told apart from a next stream.
                 Pulled::Raw => return Ok(None),
@@ -108,7 +112,14 @@ impl ServerTunnel {
             if codec.incoming.discard() == MAX_RANGES {
                 continue;
             }
-            let received = match timeout(idle, codec.incoming.fill(tcp)).await {
+            // Not longer than the peer's certificate lives: after that it may begin no stream.
+            let left = peer.not_after().duration_since(SystemTime::now()).unwrap_or_default();
+            let idle = self.config.idle_server.min(left);
+            let received = tokio::select! {
+                received = timeout(idle, codec.incoming.fill(tcp)) => received,
+                failure = peer.until_distrusted() => return Err(distrusted(failure)),
+            };
+            let received = match received {
                 Ok(received) => received,
                 Err(_) => {
                     let (record, n) = codec.seal_close_notify()?;

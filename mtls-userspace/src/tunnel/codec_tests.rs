@@ -32,11 +32,12 @@ async fn ends() -> (Codec, Codec) {
             not_before: SystemTime::UNIX_EPOCH,
             not_after: SystemTime::now() + Duration::from_secs(60),
         };
-        let bundle = Arc::new(TrustBundle { roots: vec![ca.der().clone()] });
+        let bundle = Arc::new(TrustBundle::new(vec![ca.der().clone()]));
         Arc::new(Identity { version, svid: Arc::new(svid), bundle })
     };
     let client = identity(1, "spiffe://cluster.local/ns/a/sa/client");
     let server = identity(2, "spiffe://cluster.local/ns/a/sa/server");
+    let config = crate::tunnel::Config { rekey_after: 1 << 20, ..Default::default() };
     let configs = TlsConfigs::default();
     let (for_client, for_server) = (configs.of(&client).unwrap(), configs.of(&server).unwrap());
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -42,6 +42,7 @@ pub struct Connector {
 impl Connector {
     pub fn new(config: Arc<Config>) -> Self {
         let pool = Pool::new(config.idle_client, config.idle_per_destination, config.idle_total);
+        config.peers.serve(&pool);
         Self { config, pool, gate: Arc::default() }
     }
 

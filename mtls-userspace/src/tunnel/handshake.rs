@@ -3,7 +3,6 @@
 //! Never reads a byte into rustls that comes after the handshake: those stay in [`Incoming`] for the record layer.
 
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
@@ -15,11 +14,13 @@ use tokio::net::TcpStream;
 use crate::identity::Identity;
 
 use super::codec::{Codec, Incoming};
+use super::order::Role;
+use super::peers::Peer;
 use super::record::{HEADER, MAX_RECORD, RecordError};
 use super::schedule::{Heard, Schedule};
 use super::socket;
 use super::tls::{ALPN, ALPN_RAW, Configs};
-use super::verify::{HandshakeFailure, Peer};
+use super::verify::HandshakeFailure;
 use super::{Config, Error, Violation};
 
 /// What a finished handshake leaves.
@@ -40,7 +41,7 @@ pub(crate) async fn client(
     let mut connection =
         Box::new(UnbufferedClientConnection::new(configs.client.clone(), name).map_err(Error::tls)?);
     let (incoming, heard) = drive(tcp, &mut *connection).await?;
-    let proven = outcome(&connection, identity);
+    let proven = outcome(&connection, identity, config, Role::Server);
     let raw = connection.alpn_protocol() == Some(ALPN_RAW);
     let (secrets, kernel) = connection.dangerous_into_kernel_connection().map_err(Error::tls)?;
     let codec = Codec::new(secrets, Schedule::client(heard, kernel)?, incoming, raw, config)?;
@@ -56,7 +57,7 @@ pub(crate) async fn server(
     let mut connection =
         Box::new(UnbufferedServerConnection::new(configs.server.clone()).map_err(Error::tls)?);
     let (incoming, heard) = drive(tcp, &mut *connection).await?;
-    let proven = outcome(&connection, identity);
+    let proven = outcome(&connection, identity, config, Role::Client);
     let raw = connection.alpn_protocol() == Some(ALPN_RAW);
     let suite = connection.negotiated_cipher_suite().ok_or(RecordError::UnusableKey)?;
     let (secrets, _) = connection.dangerous_into_kernel_connection().map_err(Error::tls)?;
@@ -84,15 +85,23 @@ pub(crate) fn refuse(tcp: &TcpStream, mut codec: Codec, error: Error) -> Error {
     error
 }
 
-/// Everything to be known about a peer before its connection may carry a stream.
-fn outcome(connection: &CommonState, identity: &Arc<Identity>) -> Result<(Peer, bool), Error> {
+/// Everything to be known about a peer, whose role is `role`, before its connection may carry a stream.
+fn outcome(
+    connection: &CommonState,
+    identity: &Arc<Identity>,
+    config: &Config,
+    role: Role,
+) -> Result<(Peer, bool), Error> {
     if !connection.alpn_protocol().is_some_and(|protocol| [ALPN, ALPN_RAW].contains(&protocol)) {
         let source = rustls::Error::NoApplicationProtocol;
         return Err(Error::Handshake { failure: HandshakeFailure::Protocol, source });
     }
     let ours = identity.svid.id.trust_domain();
-    let peer = Peer::read(connection.peer_certificates(), ours, SystemTime::now()).map_err(|failure| {
-        Error::Identity { failure, expected: format!("a SPIFFE ID of {ours}"), found: None }
+    let admitted = config.admit(identity, role, connection.peer_certificates());
+    let peer = admitted.map_err(|failure| Error::Identity {
+        failure,
+        expected: format!("a SPIFFE ID of {ours}"),
+        found: None,
     })?;
     Ok((peer, connection.handshake_kind() == Some(HandshakeKind::Resumed)))
 }

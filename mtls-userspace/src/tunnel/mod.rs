@@ -11,11 +11,15 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use rustls::{AlertDescription, CipherSuite};
+use rustls_pki_types::CertificateDer;
 
-use crate::identity::SpiffeId;
+use crate::identity::{Identity, SpiffeId};
+
+use verify::Subject;
 
 mod acceptor;
 mod buffer;
@@ -27,6 +31,7 @@ mod handshake;
 mod kernel;
 mod key;
 mod order;
+mod peers;
 mod pool;
 mod record;
 mod schedule;
@@ -42,10 +47,11 @@ pub use frame::{
 };
 pub use kernel::RecordCost;
 pub use order::{Order, Role};
+pub use peers::{Peer, Peers};
 pub use record::{ContentType, Opener, RecordError, Sealer, whole_record};
 pub use stream::Stream;
 pub use tls::TlsConfigs;
-pub use verify::{HandshakeFailure, Peer};
+pub use verify::HandshakeFailure;
 
 pub(crate) use buffer::{Buffer, HEADROOM, SLOT, SLOTS, Size};
 pub(crate) use codec::{Codec, MAX_RANGES, Pulled};
@@ -89,6 +95,41 @@ pub struct Config {
     pub kernel: Vec<CipherSuite>,
     /// What was built for each identity version.
     pub tls: TlsConfigs,
+    /// Whom the open tunnels lead to.
+    pub peers: Peers,
+}
+
+impl Config {
+    /// To be called with each identity that has changed: peers that its roots and revocation lists no longer vouch for
+    /// lose their tunnels at once, idle or in use.
+    ///
+    /// # Errors
+    ///
+    /// When nothing can be judged by this identity; what was trusted before still is.
+    pub fn trust(&self, identity: &Arc<Identity>) -> Result<(), Error> {
+        let configs = self.tls.of(identity)?;
+        self.peers.judge_all(identity, &configs.verifier);
+        Ok(())
+    }
+
+    /// Takes a peer in after its handshake.
+    fn admit(
+        &self,
+        identity: &Identity,
+        role: Role,
+        chain: Option<&[CertificateDer<'_>]>,
+    ) -> Result<Peer, HandshakeFailure> {
+        let chain = chain.unwrap_or_default();
+        let leaf = chain.first().ok_or(HandshakeFailure::NoCertificate)?;
+        let id = &identity.svid.id;
+        let subject = Subject::read(leaf, id.trust_domain(), SystemTime::now())?;
+        let peer = self.peers.admit(identity, role, subject, chain);
+        // Known from here on to whoever judges anew; what became true during the handshake is asked here.
+        if let Some(newer) = self.tls.newer(identity) {
+            self.peers.judge(&peer, &newer.verifier);
+        }
+        peer.distrusted().map_or(Ok(peer), Err)
+    }
 }
 
 impl Default for Config {
@@ -106,6 +147,7 @@ impl Default for Config {
             raw_after: None,
             kernel: Vec::new(),
             tls: TlsConfigs::default(),
+            peers: Peers::default(),
         }
     }
 }
@@ -178,6 +220,9 @@ pub enum Error {
     #[error("the tunnel's connection failed: {0}")]
     Io(#[from] io::Error),
 
+    #[error("{peer} is no longer trusted: {failure}")]
+    Distrusted { peer: SpiffeId, failure: HandshakeFailure },
+
     #[error("the tunnel is in the middle of another stream")]
     Busy,
 }
@@ -187,12 +232,15 @@ impl Error {
         Self::Tls(source)
     }
 
-    /// The metrics label, where the error says that one end refused the other.
+    /// The metrics label, where there is no authenticated peer, or none any more.
     pub fn handshake_failure(&self) -> Option<HandshakeFailure> {
         match self {
             Self::Handshake { failure, .. } | Self::Identity { failure, .. } => Some(*failure),
             Self::Refused { alert } => Some(HandshakeFailure::of_alert(*alert)),
             Self::Protocol(_) => Some(HandshakeFailure::Protocol),
+            Self::HandshakeTimedOut { .. } => Some(HandshakeFailure::Timeout),
+            Self::HandshakeCut => Some(HandshakeFailure::Io),
+            Self::Distrusted { failure, .. } => Some(*failure),
             _ => None,
         }
     }

@@ -1,8 +1,8 @@
 //! Idle tunnels of one worker: sessions whose stream ended cleanly in, live ones out.
 //!
 //! Keyed by who dials (identity and its version) and where to. A tunnel is looked at when it is taken: what the peer
-//! said meanwhile is read, and one that was closed is never handed out. A superseded identity version's tunnels are
-//! closed, not reused.
+//! said meanwhile is read, and one that was closed is never handed out, nor one to a peer whose certificate has run out
+//! or is no longer trusted. A superseded identity version's tunnels are closed, not reused.
 
 use std::collections::HashMap;
 use std::io;
@@ -100,7 +100,7 @@ impl Pool {
     fn put(self: &Arc<Self>, key: Key, session: Box<Session>) {
         let mut shelves = self.shelves.lock().unwrap_or_else(PoisonError::into_inner);
         shelves.supersede(&key);
-        let full = shelves.total >= self.total;
+        let full = shelves.total >= self.total || session.peer.unfit().is_some();
         let shelf = shelves
             .by_source
             .entry(key.source)
@@ -122,20 +122,30 @@ impl Pool {
 
     /// Closes the tunnels that are too old or that the peer closed; says whether any are left.
     fn expire(&self) -> bool {
+        self.retain(true, |idle| idle.since.elapsed() < self.idle && alive(&mut idle.session))
+    }
+
+    /// Resets the tunnels to peers that are no longer trusted. For any thread: it only looks at what was judged.
+    pub fn drop_distrusted(&self) {
+        self.retain(false, |idle| idle.session.peer.distrusted().is_none());
+    }
+
+    /// Closes all others; says whether any are left, which decides whether the sweep goes on.
+    fn retain(&self, sweep: bool, mut keep: impl FnMut(&mut Idle) -> bool) -> bool {
         let mut closing = Vec::new();
         let mut shelves = self.shelves.lock().unwrap_or_else(PoisonError::into_inner);
         for shelf in shelves.by_source.values_mut() {
             for list in shelf.tunnels.values_mut() {
-                let expired =
-                    |idle: &mut Idle| idle.since.elapsed() >= self.idle || !alive(&mut idle.session);
-                closing.extend(list.extract_if(.., expired).map(|idle| idle.session));
+                closing.extend(list.extract_if(.., |idle| !keep(idle)).map(|idle| idle.session));
             }
             shelf.tunnels.retain(|_, list| !list.is_empty());
         }
         shelves.by_source.retain(|_, shelf| !shelf.tunnels.is_empty());
         shelves.total -= closing.len();
-        shelves.sweeping = shelves.total > 0;
-        let left = shelves.sweeping;
+        let left = shelves.total > 0;
+        if sweep {
+            shelves.sweeping = left;
+        }
         drop(shelves);
         closing.into_iter().for_each(close);
         left
@@ -188,6 +198,9 @@ async fn sweep(pool: Weak<Pool>, every: Duration) {
 /// Whether an idle tunnel can carry another stream. Reads what the peer sent meanwhile: a session ticket or a
 /// KeyUpdate is fine, anything else, and its end, is not.
 fn alive(session: &mut Session) -> bool {
+    if session.peer.unfit().is_some() {
+        return false;
+    }
     loop {
         // Asks the kernel, not tokio: the event that tells of a close may not have been fetched yet.
         match session.codec.incoming.receive_now(&session.tcp) {
@@ -205,8 +218,11 @@ fn alive(session: &mut Session) -> bool {
     }
 }
 
-/// Ends an idle tunnel politely.
+/// Ends an idle tunnel politely; one to a peer that is no longer trusted, at once.
 pub(crate) fn close(mut session: Box<Session>) {
+    if session.peer.distrusted().is_some() {
+        return socket::reset_on_close(&session.tcp);
+    }
     if let Ok((record, n)) = session.codec.seal_close_notify() {
         let _ = socket::send(&session.tcp, &record[..n]);
     }

@@ -10,9 +10,10 @@ use crate::identity::SpiffeId;
 
 use super::Codec;
 use super::frame::Open;
+use super::peers::Peer;
 use super::pool::Home;
 use super::socket;
-use super::verify::{Expected, Peer};
+use super::verify::Expected;
 
 /// A tunnel: its socket, its codec, and who is at the other end.
 pub(crate) struct Session {
@@ -56,6 +57,11 @@ impl Stream {
 
     pub fn peer(&self) -> &SpiffeId {
         self.session().peer.id()
+    }
+
+    /// The peer, to be asked whether it is still trusted.
+    pub fn proof(&self) -> Peer {
+        self.session().peer.clone()
     }
 
     pub fn cipher(&self) -> SupportedCipherSuite {

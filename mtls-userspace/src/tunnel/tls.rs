@@ -9,11 +9,12 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use arc_swap::ArcSwap;
 use rustls::client::{ClientSessionMemoryCache, Resumption};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
+use rustls::sign::SingleCertAndKey;
 use rustls::version::TLS13;
 use rustls::{ClientConfig, ServerConfig};
 use rustls_pki_types::PrivateKeyDer;
 
-use crate::identity::{Identity, SpiffeId};
+use crate::identity::{Identity, SpiffeId, certified};
 
 use super::Error;
 use super::schedule::Ear;
@@ -30,6 +31,7 @@ const SESSIONS: usize = 1024;
 pub(crate) struct Configs {
     pub client: Arc<ClientConfig>,
     pub server: Arc<ServerConfig>,
+    pub verifier: Arc<Verifier>,
     version: u64,
     /// When the identity's owner has let go of it, nobody will ask again.
     identity: Weak<Identity>,
@@ -47,15 +49,16 @@ impl Configs {
         )
         .map_err(|source| Error::Bundle { id: id.clone(), source })?;
         let verifier = Arc::new(verifier);
-        let key = || PrivateKeyDer::Pkcs8(identity.svid.key.clone_key());
+        let key = PrivateKeyDer::Pkcs8(identity.svid.key.clone_key());
+        let certified = certified(identity.svid.chain.clone(), key).map_err(unusable)?;
+        let certified = Arc::new(SingleCertAndKey::from(certified));
 
         let mut client = ClientConfig::builder_with_provider(provider.clone())
             .with_protocol_versions(&[&TLS13])
             .map_err(unusable)?
             .dangerous()
             .with_custom_certificate_verifier(verifier.clone())
-            .with_client_auth_cert(identity.svid.chain.clone(), key())
-            .map_err(unusable)?;
+            .with_client_cert_resolver(certified.clone());
         client.alpn_protocols = vec![ALPN_RAW.to_vec(), ALPN.to_vec()];
         client.enable_sni = false;
         client.enable_secret_extraction = true;
@@ -65,9 +68,8 @@ impl Configs {
         let mut server = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&TLS13])
             .map_err(unusable)?
-            .with_client_cert_verifier(verifier)
-            .with_single_cert(identity.svid.chain.clone(), key())
-            .map_err(unusable)?;
+            .with_client_cert_verifier(verifier.clone())
+            .with_cert_resolver(certified);
         server.alpn_protocols = vec![ALPN_RAW.to_vec(), ALPN.to_vec()];
         server.enable_secret_extraction = true;
         server.key_log = Arc::new(Ear);
@@ -78,6 +80,7 @@ impl Configs {
         Ok(Self {
             client: Arc::new(client),
             server: Arc::new(server),
+            verifier,
             version: identity.version,
             identity: Arc::downgrade(identity),
         })
@@ -116,6 +119,12 @@ pub struct TlsConfigs {
 }
 
 impl TlsConfigs {
+    /// The configurations of a later version of this identity, if they are there.
+    pub(super) fn newer(&self, identity: &Identity) -> Option<Arc<Configs>> {
+        let newest = self.current.load().get(&identity.svid.id).cloned();
+        newest.filter(|newest| newest.version > identity.version)
+    }
+
     /// The configurations of this identity version; built at its first use.
     pub(crate) fn of(&self, identity: &Arc<Identity>) -> Result<Arc<Configs>, Error> {
         let known = |configs: &Arc<Configs>| configs.version == identity.version;

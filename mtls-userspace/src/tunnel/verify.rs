@@ -1,10 +1,11 @@
-//! Who the peer is: certificate chains in, a [`Peer`] out, or the [`HandshakeFailure`] that says why not.
+//! Who the peer is: certificate chains in, a [`Subject`] out, or the [`HandshakeFailure`] that says why not.
 //!
 //! A peer is whoever the bundle's roots vouch for under exactly one SPIFFE ID of our trust domain. Names and addresses
-//! prove nothing here. The verifiers answer rustls during the handshake; [`Peer::read`] and [`Peer::expect`] answer
-//! for the connection afterwards, which covers resumed sessions too.
+//! prove nothing here. The verifiers answer rustls during the handshake; [`Subject::read`] and [`Subject::expect`]
+//! answer for the connection afterwards, which covers resumed sessions too.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -17,9 +18,11 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, ServerName, TrustAnchor, UnixTime};
 use webpki::{EndEntityCert, KeyUsage};
 
-use crate::identity::{SpiffeId, TrustBundle, TrustDomain};
+use crate::identity::{Certificate, Revocations, SpiffeId, TrustBundle, TrustDomain};
 
-/// Why a handshake failed, for both ends: the refused side learns it from the alert.
+use super::order::Role;
+
+/// Why a handshake produced no authenticated peer, for both ends: the refused side learns it from the alert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum HandshakeFailure {
     /// No root of the bundle vouches for the certificate.
@@ -30,8 +33,13 @@ pub enum HandshakeFailure {
     WrongIdentity,
     WrongTrustDomain,
     NoCertificate,
+    /// The certificate, or an intermediate above it, stands in a revocation list.
+    Revoked,
     /// Not TLS 1.3, not `mtls/1`, or not understood.
     Protocol,
+    Timeout,
+    /// The connection broke before the handshake ended.
+    Io,
 }
 
 impl HandshakeFailure {
@@ -43,7 +51,10 @@ impl HandshakeFailure {
             Self::WrongIdentity => "wrong_identity",
             Self::WrongTrustDomain => "wrong_trust_domain",
             Self::NoCertificate => "no_certificate",
+            Self::Revoked => "revoked",
             Self::Protocol => "protocol",
+            Self::Timeout => "timeout",
+            Self::Io => "io",
         }
     }
 
@@ -56,6 +67,7 @@ impl HandshakeFailure {
                 UnknownIssuer | BadSignature => Self::UnknownCa,
                 Expired | ExpiredContext { .. } | NotValidYet | NotValidYetContext { .. } => Self::Expired,
                 ApplicationVerificationFailure => Self::WrongTrustDomain,
+                Revoked => Self::Revoked,
                 _ => Self::WrongIdentity,
             },
             _ => Self::Protocol,
@@ -72,6 +84,7 @@ impl HandshakeFailure {
             | AlertDescription::CertificateUnknown => Self::WrongIdentity,
             AlertDescription::AccessDenied => Self::WrongTrustDomain,
             AlertDescription::CertificateRequired => Self::NoCertificate,
+            AlertDescription::CertificateRevoked => Self::Revoked,
             _ => Self::Protocol,
         }
     }
@@ -84,7 +97,8 @@ impl HandshakeFailure {
             Self::WrongIdentity => AlertDescription::BadCertificate,
             Self::WrongTrustDomain => AlertDescription::AccessDenied,
             Self::NoCertificate => AlertDescription::CertificateRequired,
-            Self::Protocol => AlertDescription::UnexpectedMessage,
+            Self::Revoked => AlertDescription::CertificateRevoked,
+            Self::Protocol | Self::Timeout | Self::Io => AlertDescription::UnexpectedMessage,
         })
     }
 }
@@ -97,48 +111,44 @@ impl fmt::Display for HandshakeFailure {
             Self::WrongIdentity => "wrong SPIFFE identity",
             Self::WrongTrustDomain => "wrong trust domain",
             Self::NoCertificate => "no certificate",
+            Self::Revoked => "revoked certificate",
             Self::Protocol => "TLS protocol failure",
+            Self::Timeout => "no answer in time",
+            Self::Io => "the connection broke",
         })
     }
 }
 
-/// An authenticated peer. Only this file makes one, and only out of a certificate the handshake proved.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Peer(SpiffeId);
+/// What a peer's leaf says of it.
+#[derive(Debug, Clone)]
+pub(crate) struct Subject {
+    pub id: SpiffeId,
+    pub not_after: SystemTime,
+}
 
-impl Peer {
+impl Subject {
     /// Reads the peer's identity after the handshake. A resumed session skipped the verifiers, so the leaf's validity
     /// is looked at again: a ticket must not outlive its certificate.
-    pub(crate) fn read(
-        chain: Option<&[CertificateDer<'_>]>,
+    pub fn read(
+        leaf: &CertificateDer<'_>,
         ours: &TrustDomain,
         now: SystemTime,
     ) -> Result<Self, HandshakeFailure> {
-        let leaf = chain.and_then(<[_]>::first).ok_or(HandshakeFailure::NoCertificate)?;
         let id = spiffe_id(leaf).ok_or(HandshakeFailure::WrongIdentity)?;
         if id.trust_domain() != ours {
             return Err(HandshakeFailure::WrongTrustDomain);
         }
-        let (_, parsed) =
-            x509_parser::parse_x509_certificate(leaf).map_err(|_| HandshakeFailure::WrongIdentity)?;
-        let seconds = |time: &x509_parser::time::ASN1Time| time.timestamp();
-        let now = now
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(i64::MAX));
-        let validity = parsed.validity();
-        if now < seconds(&validity.not_before) || now > seconds(&validity.not_after) {
+        let certificate = Certificate::parse(leaf).map_err(|_| HandshakeFailure::WrongIdentity)?;
+        let Certificate { not_before, not_after, .. } = certificate;
+        if now < not_before || not_after < now {
             return Err(HandshakeFailure::Expired);
         }
-        Ok(Self(id))
+        Ok(Self { id, not_after })
     }
 
     /// Demands that the peer is the workload that was dialled.
-    pub(crate) fn expect(&self, expected: &SpiffeId) -> Result<Expected, HandshakeFailure> {
-        if self.0 == *expected { Ok(Expected(())) } else { Err(HandshakeFailure::WrongIdentity) }
-    }
-
-    pub fn id(&self) -> &SpiffeId {
-        &self.0
+    pub fn expect(&self, expected: &SpiffeId) -> Result<Expected, HandshakeFailure> {
+        if self.id == *expected { Ok(Expected(())) } else { Err(HandshakeFailure::WrongIdentity) }
     }
 }
 
@@ -149,6 +159,7 @@ pub(crate) struct Expected(());
 /// Checks chains for both roles against one bundle and one trust domain.
 pub(crate) struct Verifier {
     roots: Vec<TrustAnchor<'static>>,
+    revocations: Arc<Revocations>,
     ours: TrustDomain,
     algorithms: WebPkiSupportedAlgorithms,
 }
@@ -165,7 +176,7 @@ impl Verifier {
             .iter()
             .map(|root| Ok(webpki::anchor_from_trusted_cert(root)?.to_owned()))
             .collect::<Result<_, webpki::Error>>()?;
-        Ok(Self { roots, ours, algorithms })
+        Ok(Self { roots, revocations: bundle.revocations.clone(), ours, algorithms })
     }
 
     fn verify(
@@ -177,8 +188,16 @@ impl Verifier {
     ) -> Result<(), CertificateError> {
         EndEntityCert::try_from(leaf)
             .and_then(|cert| {
-                cert.verify_for_usage(self.algorithms.all, &self.roots, intermediates, now, usage, None, None)
-                    .map(|_| ())
+                cert.verify_for_usage(
+                    self.algorithms.all,
+                    &self.roots,
+                    intermediates,
+                    now,
+                    usage,
+                    None,
+                    Some(&|path| self.revocations.check(path)),
+                )
+                .map(|_| ())
             })
             .map_err(certificate_error)?;
         let id = spiffe_id(leaf).ok_or(CertificateError::NotValidForName)?;
@@ -186,6 +205,24 @@ impl Verifier {
             return Err(CertificateError::ApplicationVerificationFailure);
         }
         Ok(())
+    }
+}
+
+impl Verifier {
+    /// Judges a chain that was accepted before, as of the time it was accepted.
+    pub fn judge(
+        &self,
+        chain: &[CertificateDer<'_>],
+        accepted: UnixTime,
+        role: Role,
+    ) -> Result<(), HandshakeFailure> {
+        let (leaf, intermediates) = chain.split_first().ok_or(HandshakeFailure::NoCertificate)?;
+        let usage = match role {
+            Role::Client => KeyUsage::client_auth(),
+            Role::Server => KeyUsage::server_auth(),
+        };
+        self.verify(leaf, intermediates, accepted, usage)
+            .map_err(|error| HandshakeFailure::of(&rustls::Error::InvalidCertificate(error)))
     }
 }
 
@@ -206,6 +243,7 @@ fn certificate_error(error: webpki::Error) -> CertificateError {
             CertificateError::NotValidYetContext { time, not_before }
         }
         webpki::Error::InvalidCertValidity => CertificateError::Expired,
+        webpki::Error::CertRevoked => CertificateError::Revoked,
         webpki::Error::UnknownIssuer => CertificateError::UnknownIssuer,
         webpki::Error::InvalidSignatureForPublicKey => CertificateError::BadSignature,
         webpki::Error::RequiredEkuNotFoundContext(_) => CertificateError::InvalidPurpose,

@@ -8,6 +8,8 @@ mod callers;
 mod command;
 mod directory;
 mod requests;
+mod revocation;
 mod roots;
 mod rotation;
 mod traffic;
+mod workload_api;

@@ -18,6 +18,7 @@ pub fn pod(namespace: &str, name: &str, labels: &[(&str, &str)]) -> Arc<Workload
     Arc::new(Workload {
         namespace: namespace.into(),
         name: name.into(),
+        uid: None,
         service_account: "default".into(),
         app: name.into(),
         node: Some("node-a".into()),

@@ -8,10 +8,11 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use mtls::observe::{
-    Direction, Ending, Enrolment, HandshakeFailure, IdentityRow, IssuerRole, IssuerRow, MeshRow, Plaintext,
-    PodRow,
+    Direction, Ending, Enrolment, IdentityRow, IssuerRole, IssuerRow, MeshRow, Plaintext, PodRow,
+    RevocationRow,
 };
 use mtls::policy::Reason;
+use mtls::tunnel::HandshakeFailure;
 
 use crate::agent::{Agent, ask};
 use crate::exposition::Samples;
@@ -97,6 +98,12 @@ pub fn identity_row() -> IdentityRow {
         last_error: None,
         renewals: 4,
         failures: 2,
+        failures_by_reason: [("timeout".to_owned(), 1), ("refused".to_owned(), 1)].into(),
+        revocation_lists: vec![RevocationRow {
+            issuer: "O=mesh".to_owned(),
+            revoked: 3,
+            next_update: Some(at(6_000_000_000)),
+        }],
         issuers: vec![root("01", 9_000_000_000), root("02", 5_000_000_000), root("03", 7_000_000_000)],
     }
 }
@@ -139,7 +146,11 @@ fn rooms_are_asked_at_scrape_time() {
     // Several roots of one name during a rotation: one sample, the earlier end.
     assert_eq!(samples.one(expiry, &[web, ("role", "root"), ("subject", "O=mesh")]), 5_000_000_000.0);
     assert_eq!(samples.one("mtls_certificate_renewals_total", &[web]), 4.0);
-    assert_eq!(samples.one("mtls_certificate_renewal_failures_total", &[web]), 2.0);
+    let due = "mtls_revocation_list_next_update_timestamp_seconds";
+    assert_eq!(samples.one(due, &[("issuer", "O=mesh")]), 6_000_000_000.0);
+    let failures = "mtls_certificate_renewal_failures_total";
+    assert_eq!(samples.one(failures, &[web, ("reason", "timeout")]), 1.0);
+    assert_eq!(samples.sum(failures, &[web]), 2.0);
     assert_eq!(samples.one("mtls_pod_enrolled", &[("namespace", "shop"), ("pod", "web-1")]), 1.0);
     assert_eq!(samples.one("mtls_pod_enrolled", &[("namespace", "shop"), ("pod", "web-2")]), 0.0);
     assert_eq!(samples.one("mtls_mesh_generation", &[]), 7.0);

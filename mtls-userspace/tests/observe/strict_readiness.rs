@@ -38,6 +38,7 @@ fn facts() -> Facts {
         set_by: Some("shop/web".into()),
         dry_run,
         is_served: true,
+        nodes: Default::default(),
         peers,
         missed: Tally::default(),
     };

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use mtls::observe::{Connection, Direction, Ending, Flow, HandshakeFailure, Path, Refusal, Settings};
+use mtls::observe::{Connection, Direction, Ending, Flow, Path, Refusal, Settings};
 use mtls::policy::Reason;
+use mtls::tunnel::HandshakeFailure;
 
 use crate::agent::Agent;
 use crate::exposition::Labels;
@@ -202,6 +203,7 @@ fn only_tls_is_called_mutual_tls() {
     let table = [
         (Path::Tunnel, "mutual_tls"),
         (Path::SameNode, "none"),
+        (Path::Direct, "none"),
         (Path::Plaintext, "none"),
         (Path::Passthrough, "unknown"),
     ];
@@ -212,7 +214,7 @@ fn only_tls_is_called_mutual_tls() {
         let label = [("reporter", "destination"), ("connection_security_policy", security)];
         assert_eq!(samples.one(OPENED, &label), 1.0);
         let open = samples.of("mtls_connections_open", &[]);
-        assert_eq!(open.len(), 8, "every way is there, so that a missing one is not mistaken for none");
+        assert_eq!(open.len(), 10, "every way is there, so that a missing one is not mistaken for none");
         let here = [("direction", "inbound"), ("path", path.as_str())];
         assert_eq!(samples.one("mtls_connections_open", &here), 1.0);
         assert_eq!(samples.sum("mtls_connections_open", &[]), 1.0);

@@ -10,4 +10,5 @@ mod refusals;
 mod resets;
 mod reuse;
 mod transfers;
+mod trust;
 mod world;

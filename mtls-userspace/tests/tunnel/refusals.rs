@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
 use crate::foreign::{self, FIN, Manners, data, open_frame};
-use crate::world::{Agents, CLIENT, Ca, Leaf, SERVER, listen, open_stream, soon};
+use crate::world::{Agents, CLIENT, Ca, Leaf, SERVER, judging, listen, open_stream, soon};
 
 const ELSEWHERE: &str = "spiffe://other.example/ns/shop/sa/db";
 
@@ -66,6 +66,8 @@ async fn each_end_refuses_the_wrong_peer_and_both_know_why() {
     let usage = Leaf { wrong_usage: true, ..Leaf::default() };
     // Trusts us, but is signed by somebody we don't know.
     let unknown = |id| stranger.identity_with(id, Leaf::default(), &[&ca]);
+    let (revoked, revoked_server) = (client(), server());
+    let knowing = |identity: &Identity| judging(identity, &[&ca], ca.revoking(&[&revoked, &revoked_server]));
     let cases = [
         ("client of another trust domain", ca.identity(ELSEWHERE), server(), WrongTrustDomain),
         ("server of another trust domain", client(), ca.identity(ELSEWHERE), WrongTrustDomain),
@@ -77,6 +79,8 @@ async fn each_end_refuses_the_wrong_peer_and_both_know_why() {
         ("server with two SPIFFE IDs", client(), odd(SERVER, two), WrongIdentity),
         ("client certificate for signing code", odd(CLIENT, usage), server(), WrongIdentity),
         ("server certificate for signing code", client(), odd(SERVER, usage), WrongIdentity),
+        ("revoked client", revoked.clone(), knowing(&server()), Revoked),
+        ("revoked server", knowing(&client()), revoked_server.clone(), Revoked),
         ("another workload than dialled", client(), ca.identity(CLIENT), WrongIdentity),
     ];
     for (name, client, server, failure) in cases {

@@ -8,13 +8,14 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime};
 
 use mtls::addr::OriginalSrc;
-use mtls::identity::{Identity, SpiffeId, Svid, TrustBundle};
+use mtls::identity::{Identity, Revocations, SpiffeId, Svid, TrustBundle};
 use mtls::relay::{Progress, Report, prepare, tunnelled};
 use mtls::tunnel::{
     Acceptor, Config, Connector, Error, Open, RejectReason, Rejection, ServerTunnel, Stream, Target,
 };
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer,
+    ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, RevokedCertParams, SanType, SerialNumber,
 };
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 use tokio::net::{TcpListener, TcpStream};
@@ -35,6 +36,8 @@ pub struct Leaf {
     pub expired: bool,
     pub second_uri: bool,
     pub wrong_usage: bool,
+    /// Life from now on; an hour if zero.
+    pub seconds: u64,
 }
 
 impl Ca {
@@ -55,6 +58,7 @@ impl Ca {
     /// A leaf of this authority for `id`, in an identity that trusts `trusted`.
     pub fn identity_with(&self, id: &str, leaf: Leaf, trusted: &[&Ca]) -> Arc<Identity> {
         let (cert, key) = self.leaf(id, leaf);
+        let life = Duration::from_secs(if leaf.seconds == 0 { 3600 } else { leaf.seconds });
         Arc::new(Identity {
             version: VERSION.fetch_add(1, Ordering::Relaxed),
             svid: Arc::new(Svid {
@@ -63,9 +67,9 @@ impl Ca {
                 key,
                 serial: "01".into(),
                 not_before: SystemTime::UNIX_EPOCH,
-                not_after: SystemTime::now() + Duration::from_secs(3600),
+                not_after: SystemTime::now() + life,
             }),
-            bundle: Arc::new(TrustBundle { roots: trusted.iter().map(|ca| ca.root()).collect() }),
+            bundle: Arc::new(TrustBundle::new(trusted.iter().map(|ca| ca.root()).collect())),
         })
     }
 
@@ -86,10 +90,50 @@ impl Ca {
             params.not_before = rcgen::date_time_ymd(2020, 1, 1);
             params.not_after = rcgen::date_time_ymd(2021, 1, 1);
         }
+        if leaf.seconds > 0 {
+            params.not_after = time::OffsetDateTime::now_utc() + Duration::from_secs(leaf.seconds);
+        }
         let key = KeyPair::generate().unwrap();
         let cert = params.signed_by(&key, &self.issuer).unwrap();
         (cert.der().clone(), PrivatePkcs8KeyDer::from(key.serialize_der()))
     }
+}
+
+impl Ca {
+    /// This authority's list, with the leaf of each of these identities in it.
+    pub fn revoking(&self, revoked: &[&Arc<Identity>]) -> Revocations {
+        let now = time::OffsetDateTime::now_utc();
+        let entry = |identity: &&Arc<Identity>| {
+            let (_, leaf) = x509_parser::parse_x509_certificate(&identity.svid.chain[0]).unwrap();
+            RevokedCertParams {
+                serial_number: SerialNumber::from_slice(leaf.raw_serial()),
+                revocation_time: now,
+                reason_code: None,
+                invalidity_date: None,
+            }
+        };
+        let list = CertificateRevocationListParams {
+            this_update: now,
+            next_update: now + Duration::from_secs(3600),
+            crl_number: SerialNumber::from(1u64),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.iter().map(entry).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let pem = list.signed_by(&self.issuer).unwrap().pem().unwrap();
+        Revocations::from_pem(pem.as_bytes(), &[self.root()]).unwrap()
+    }
+}
+
+/// The same certificate in an identity that judges peers by this bundle.
+pub fn judging(identity: &Identity, trusted: &[&Ca], revocations: Revocations) -> Arc<Identity> {
+    let mut bundle = TrustBundle::new(trusted.iter().map(|ca| ca.root()).collect());
+    bundle.revocations = Arc::new(revocations);
+    Arc::new(Identity {
+        version: VERSION.fetch_add(1, Ordering::Relaxed),
+        svid: identity.svid.clone(),
+        bundle: Arc::new(bundle),
+    })
 }
 
 pub async fn listen() -> (TcpListener, SocketAddr) {
@@ -109,6 +153,8 @@ pub struct Agents {
     pub outbound: SocketAddr,
     pub inbound: SocketAddr,
     pub connector: Connector,
+    pub client_config: Arc<Config>,
+    pub server_config: Arc<Config>,
     pub application: TcpListener,
     pub handshakes: Arc<AtomicUsize>,
     pub resumptions: Arc<AtomicUsize>,
@@ -138,8 +184,9 @@ impl Agents {
         let (tunnels, inbound) = listen().await;
         let (captured, outbound) = listen().await;
         prepare(&socket2::SockRef::from(&captured)).unwrap();
-        let connector = Connector::new(Arc::new(client_config));
-        let acceptor = Acceptor::new(Arc::new(server_config));
+        let (client_config, server_config) = (Arc::new(client_config), Arc::new(server_config));
+        let connector = Connector::new(client_config.clone());
+        let acceptor = Acceptor::new(server_config.clone());
         let (handshakes, resumptions) = <(Arc<AtomicUsize>, Arc<AtomicUsize>)>::default();
         let (client_tx, client_reports) = mpsc::unbounded_channel();
         let (server_tx, server_reports) = mpsc::unbounded_channel();
@@ -169,9 +216,12 @@ impl Agents {
                 let (connector, client, reports) = (connecting.clone(), client.clone(), client_tx.clone());
                 tokio::spawn(async move {
                     let open = Open::new(destination, OriginalSrc::new(source));
-                    let mut stream = open_stream(&connector, &client, inbound, open).await.unwrap();
-                    let report =
-                        tunnelled(&app, &mut stream, &Progress::default(), std::future::pending()).await;
+                    let Ok(mut stream) = open_stream(&connector, &client, inbound, open).await else {
+                        return app.set_zero_linger().unwrap();
+                    };
+                    let peer = stream.proof();
+                    let stop = pin!(async { _ = peer.until_distrusted().await });
+                    let report = tunnelled(&app, &mut stream, &Progress::default(), stop).await;
                     drop((app, stream));
                     let _ = reports.send(report);
                 });
@@ -181,6 +231,8 @@ impl Agents {
             outbound,
             inbound,
             connector,
+            client_config,
+            server_config,
             application,
             handshakes,
             resumptions,
@@ -248,7 +300,14 @@ async fn serve(
         match dial_application(destination).await {
             Ok(app) => {
                 let (_, stream) = request.accept();
-                let report = tunnelled(&app, stream, &Progress::default(), pin!(revoked.notified())).await;
+                let peer = stream.proof();
+                let stop = pin!(async {
+                    tokio::select! {
+                        () = revoked.notified() => {}
+                        _ = peer.until_distrusted() => {}
+                    }
+                });
+                let report = tunnelled(&app, stream, &Progress::default(), stop).await;
                 drop(app);
                 let clean = matches!(report.end, mtls::relay::End::Clean);
                 let _ = reports.send(report);

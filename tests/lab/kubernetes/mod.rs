@@ -8,9 +8,11 @@
 mod access;
 mod http;
 mod kinds;
+pub(crate) mod lab;
 mod store;
 mod watch;
 
+use std::fmt;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -35,8 +37,7 @@ pub struct ApiServer {
     shared: Arc<Shared>,
     address: SocketAddr,
     ca: String,
-    // Last: its threads use the others.
-    _runtime: tokio::runtime::Runtime,
+    runtime: Option<tokio::runtime::Runtime>,
 }
 
 /// What connections and the test share.
@@ -82,12 +83,12 @@ impl ApiServer {
             .build()
             .context("the API server's runtime")?;
         let serving = shared.clone();
-        runtime.block_on(async {
+        {
+            let _here = runtime.enter();
             let listener = tokio::net::TcpListener::from_std(listener)?;
-            tokio::spawn(http::serve(listener, tls, serving));
-            Ok::<_, std::io::Error>(())
-        })?;
-        Ok(Self { shared, address, ca, _runtime: runtime })
+            runtime.spawn(http::serve(listener, tls, serving));
+        }
+        Ok(Self { shared, address, ca, runtime: Some(runtime) })
     }
 
     /// On this machine's loopback.
@@ -202,6 +203,21 @@ impl ApiServer {
     /// Method and path with query of every request so far that was let in.
     pub fn requests(&self) -> Vec<String> {
         lock(&self.shared.requests).clone()
+    }
+}
+
+impl fmt::Debug for ApiServer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ApiServer").field("address", &self.address).finish_non_exhaustive()
+    }
+}
+
+impl Drop for ApiServer {
+    fn drop(&mut self) {
+        // Without waiting: a test may end inside a runtime of its own.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
     }
 }
 

@@ -38,7 +38,7 @@ impl Credentials {
                     not_before: SystemTime::now(),
                     not_after: SystemTime::now() + Duration::from_secs(24 * 3600),
                 }),
-                bundle: Arc::new(TrustBundle { roots: vec![authority.der().clone()] }),
+                bundle: Arc::new(TrustBundle::new(vec![authority.der().clone()])),
             }))
         };
         Ok(Self {

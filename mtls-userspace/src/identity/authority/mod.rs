@@ -1,12 +1,15 @@
 //! Certificate authorities, as an agent sees them: a signing request in, a chain and its roots out.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustls_pki_types::CertificateDer;
+use tokio::sync::mpsc;
 
-use super::{Csr, Error, SpiffeId};
+use super::{Csr, Error, Revocations, SpiffeId};
 
 mod remote;
+mod trust;
 
 pub use remote::{Credential, RemoteAuthority};
 
@@ -16,11 +19,19 @@ pub trait Authority: Send + Sync {
     /// One attempt. The caller repeats and limits the time; dropping the future ends the attempt.
     async fn sign(&self, id: &SpiffeId, csr: Csr, lifetime: Duration) -> Result<Issued, Error>;
 
-    /// Completes when the roots to trust have changed, so that waiting for half life would be too long. Dropping the
-    /// future loses nothing.
-    async fn roots_changed(&self) {
+    /// Tells what changes in what is trusted, for as long as it is polled; never completes.
+    async fn follow(&self, _news: &mpsc::Sender<News>) {
         std::future::pending().await
     }
+}
+
+/// What changed where identities come from.
+#[derive(Debug)]
+pub enum News {
+    /// What was obtained is no longer what would be obtained now: waiting for half life would be too long.
+    Renew { why: &'static str },
+    /// These revocation lists count from now on, and no others of the same origin.
+    Revocations(Arc<Revocations>),
 }
 
 /// What an authority answers.
@@ -30,6 +41,12 @@ pub struct Issued {
     pub chain: Vec<CertificateDer<'static>>,
     /// The roots that vouch for peers, each once.
     pub roots: Vec<CertificateDer<'static>>,
+}
+
+/// Messages and service of `mtls.v1`, generated from `proto/trust.proto`.
+#[allow(clippy::all, clippy::pedantic)]
+pub mod trust_wire {
+    tonic::include_proto!("mtls.v1");
 }
 
 /// Messages and service of `istio.v1.auth`, generated from `proto/ca.proto`.

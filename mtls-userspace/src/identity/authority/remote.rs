@@ -6,14 +6,16 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper_util::rt::TokioIo;
 use prost_types::{Struct, Value, value::Kind};
+use rustls::sign::SingleCertAndKey;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tonic::metadata::{Ascii, MetadataValue};
@@ -24,24 +26,23 @@ use super::wire::{
     IMPERSONATED_IDENTITY, IstioCertificateRequest, IstioCertificateResponse,
     istio_certificate_service_client::IstioCertificateServiceClient,
 };
-use super::{Authority, Issued};
-use crate::identity::{Certificate, Csr, Error, InvalidCertificate, SpiffeId, pem_certificates};
+use super::{Authority, Issued, News, trust};
+use crate::identity::{Certificate, Csr, Error, InvalidCertificate, SpiffeId, certified, pem_certificates};
 
 /// Istio's port for this service, when the address names none.
 const DEFAULT_PORT: u16 = 15012;
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Between looks at the root file.
 const GLANCE: Duration = Duration::from_secs(1);
 
 pub struct RemoteAuthority {
     /// As the operator wrote it, for errors.
-    address: String,
+    pub(super) address: String,
     host: String,
     port: u16,
     server_name: ServerName<'static>,
     root_file: PathBuf,
-    credential: Credential,
-    /// The root file as last seen, by which a change is noticed.
-    seen: Mutex<Option<Vec<CertificateDer<'static>>>>,
+    pub(super) credential: Credential,
 }
 
 /// What proves this node to the authority.
@@ -79,11 +80,10 @@ impl RemoteAuthority {
             server_name,
             root_file,
             credential,
-            seen: Mutex::default(),
         })
     }
 
-    async fn connect(&self, roots: &[CertificateDer<'static>]) -> Result<Channel, Error> {
+    pub(super) async fn connect(&self, roots: &[CertificateDer<'static>]) -> Result<Channel, Error> {
         let address = || self.address.clone();
         let tls = self.credential.client_config(trusted(roots).map_err(|error| Error::RootFile {
             path: self.root_file.clone(),
@@ -113,6 +113,11 @@ impl RemoteAuthority {
             Ok(origin) => endpoint.origin(origin),
             Err(_) => endpoint,
         };
+        // A watch says nothing for days: a peer that is gone must show all the same.
+        let endpoint = endpoint
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE)
+            .keep_alive_while_idle(true);
         let mut stream = Some(TokioIo::new(stream));
         endpoint
             .connect_with_connector(tower::service_fn(move |_| {
@@ -122,18 +127,22 @@ impl RemoteAuthority {
             .await
     }
 
-    async fn roots(&self) -> Result<Vec<CertificateDer<'static>>, Error> {
+    pub(super) async fn roots(&self) -> Result<Vec<CertificateDer<'static>>, Error> {
         let pem = read("the certificate authority's root file", &self.root_file).await?;
         pem_certificates(&pem).map_err(|source| Error::RootFile { path: self.root_file.clone(), source })
-    }
-
-    fn seen(&self) -> MutexGuard<'_, Option<Vec<CertificateDer<'static>>>> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Credential {
-    /// Goes along with a request.
+    /// The request, with the token if that is what proves us.
+    pub(super) async fn send<T>(&self, message: T) -> Result<tonic::Request<T>, Error> {
+        let mut request = tonic::Request::new(message);
+        if let Some(bearer) = self.bearer().await? {
+            request.metadata_mut().insert("authorization", bearer);
+        }
+        Ok(request)
+    }
+
     async fn bearer(&self) -> Result<Option<MetadataValue<Ascii>>, Error> {
         let Self::Token(path) = self else { return Ok(None) };
         let unusable = || Error::Token { path: path.clone() };
@@ -164,7 +173,8 @@ impl Credential {
                 let pem = read("the node's key", path).await?;
                 let key = PrivateKeyDer::from_pem_slice(&pem).map_err(|error| unusable(error.to_string()))?;
                 // Says so when it is another certificate's key.
-                config.with_client_auth_cert(chain, key).map_err(|error| unusable(error.to_string()))?
+                let certified = certified(chain, key).map_err(|error| unusable(error.to_string()))?;
+                config.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(certified)))
             }
         };
         config.alpn_protocols = vec![b"h2".to_vec()];
@@ -176,38 +186,43 @@ impl Credential {
 impl Authority for RemoteAuthority {
     async fn sign(&self, id: &SpiffeId, csr: Csr, lifetime: Duration) -> Result<Issued, Error> {
         let roots = self.roots().await?;
-        // What the first certificate came with is what a change is a change of.
-        self.seen().get_or_insert_with(|| roots.clone());
-        let bearer = self.credential.bearer().await?;
         let mut client = IstioCertificateServiceClient::new(self.connect(&roots).await?);
 
         let impersonated = Value { kind: Some(Kind::StringValue(id.uri().into())) };
-        let mut request = tonic::Request::new(IstioCertificateRequest {
+        let request = IstioCertificateRequest {
             csr: csr.pem().into(),
             // Up, because zero would leave the choice to the authority.
             validity_duration: i64::try_from(lifetime.as_millis().div_ceil(1000)).unwrap_or(i64::MAX),
             metadata: Some(Struct { fields: [(IMPERSONATED_IDENTITY.into(), impersonated)].into() }),
-        });
-        if let Some(bearer) = bearer {
-            request.metadata_mut().insert("authorization", bearer);
-        }
-        let answer = client.create_certificate(request).await.map_err(|status| Error::Refused {
-            address: self.address.clone(),
-            id: id.clone(),
-            code: status.code(),
-            message: status.message().into(),
-        })?;
+        };
+        let answer =
+            client.create_certificate(self.credential.send(request).await?).await.map_err(|status| {
+                Error::Refused {
+                    address: self.address.clone(),
+                    id: id.clone(),
+                    code: status.code(),
+                    message: status.message().into(),
+                }
+            })?;
         take_apart(answer.get_ref(), roots).map_err(|source| Error::Answer { id: id.clone(), source })
     }
 
-    async fn roots_changed(&self) {
+    async fn follow(&self, news: &mpsc::Sender<News>) {
+        tokio::join!(self.follow_root_file(news), trust::follow(self, news));
+    }
+}
+
+impl RemoteAuthority {
+    async fn follow_root_file(&self, news: &mpsc::Sender<News>) {
+        let mut seen = None;
         loop {
             // A file that is missing or half written is no news; its next good content is.
             if let Ok(roots) = self.roots().await {
-                let mut seen = self.seen();
                 let before = seen.replace(roots);
-                if before.is_some() && before != *seen {
-                    return;
+                if before.is_some() && before != seen {
+                    let why = "the authority's root file has changed";
+                    // Fails only when nobody polls this any more.
+                    let _ = news.send(News::Renew { why }).await;
                 }
             }
             tokio::time::sleep(GLANCE).await;

@@ -91,10 +91,6 @@ impl<T> Kept<T> {
         self.objects.get(key).map(|(_, value)| value)
     }
 
-    pub(super) fn get_mut(&mut self, key: &Key) -> Option<&mut T> {
-        self.objects.get_mut(key).map(|(_, value)| value)
-    }
-
     pub(super) fn iter(&self) -> impl Iterator<Item = (&Key, &T)> + Clone {
         self.objects.iter().map(|(key, (_, value))| (key, value))
     }

@@ -150,6 +150,7 @@ async fn one<K, const VERSIONS: usize>(
             Change::Seen(it) => Change::Seen(object(it)),
             Change::Gone(it) => Change::Gone(object(it)),
             Change::Complete => Change::Complete,
+            Change::Well => Change::Well,
             Change::Trouble(trouble) => Change::Trouble(trouble),
         };
         Message { kind, change }
@@ -262,6 +263,7 @@ impl Follower {
                 self.state.end(kind);
                 self.well(kind);
             }
+            Change::Well => self.well(kind),
             Change::Trouble(trouble) => {
                 if matches!(trouble, Trouble::Absent { .. }) {
                     self.state.absent(kind);

@@ -21,7 +21,7 @@ use super::policies::{self, Refused};
 use crate::mesh::hosts::{Host, Hosts};
 use crate::mesh::interner::Interner;
 use crate::mesh::objects::{Placed, called};
-use crate::mesh::pod::{Single, enrols};
+use crate::mesh::pod::{Single, enrols, forget_annotated_place};
 use crate::mesh::service::{Front, Services, Slice, Table};
 use crate::mesh::{Error, Mesh, Place, Settings, Warning, Workload};
 use crate::policy::{AuthorizationPolicy, PeerAuthentication, Policies};
@@ -89,6 +89,7 @@ struct Fresh {
 #[derive(Default)]
 struct Parts {
     workloads: Arc<Vec<Arc<Workload>>>,
+    starting: Arc<Vec<Arc<Workload>>>,
     by_address: Arc<HashMap<IpAddr, Arc<Workload>>>,
     services: Arc<Services>,
     hosts: Arc<Hosts>,
@@ -187,7 +188,6 @@ impl State {
                 self.fresh.policies |= !self.authorization_policies.end().is_empty();
             }
         }
-        self.interner.sweep();
     }
 
     pub(super) fn seen(&mut self, object: Object) {
@@ -293,8 +293,7 @@ impl State {
 
     fn pod(&mut self, key: Key, uid: Uid, mut pod: Pod) -> Result<(), Error> {
         if !self.annotations {
-            // Whoever may make a pod may annotate it, and must not lead us into another pod's namespace.
-            pod.metadata.annotations = None;
+            forget_annotated_place(&mut pod.metadata);
         }
         self.fresh.pods |= self.pods.seen(&key, uid).is_some();
         let placed = Placed { object: pod, place: self.place.clone() };
@@ -382,9 +381,12 @@ impl State {
     /// A snapshot of what is known now.
     pub(super) fn build(&mut self, generation: u64) -> Mesh {
         let fresh = std::mem::take(&mut self.fresh);
+        self.interner.sweep_if_grown();
         if fresh.pods {
             self.last.claims.clear();
             let (workloads, by_address) = self.workloads();
+            let starting = self.pods.values().filter(|single| single.workload.addresses.is_empty());
+            self.last.starting = Arc::new(starting.map(|single| single.workload.clone()).collect());
             self.last.workloads = Arc::new(workloads);
             self.last.by_address = Arc::new(by_address);
             self.last.outlived.get_or_insert_with(Instant::now);
@@ -404,10 +406,12 @@ impl State {
                 &self.settings.root_namespace,
             ));
         }
-        let Parts { workloads, by_address, services, hosts, policies, claims, affinities, .. } = &self.last;
+        let Parts { workloads, starting, by_address, services, hosts, policies, claims, affinities, .. } =
+            &self.last;
         Mesh {
             generation,
             workloads: workloads.clone(),
+            starting: starting.clone(),
             policies: policies.clone(),
             by_address: by_address.clone(),
             services: services.clone(),
@@ -453,7 +457,7 @@ impl State {
             }
         }
         let workloads = self.pods.iter().filter_map(|(key, single)| match lost.get(key) {
-            None => Some(single.workload.clone()),
+            None => (!single.workload.addresses.is_empty()).then(|| single.workload.clone()),
             Some(lost) => {
                 let mut workload = Workload::clone(&single.workload);
                 workload.addresses.retain(|address| !lost.contains(address));
