@@ -8,13 +8,11 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use mtls::results::{Compared, Environment, Figures, Metric, Progress, Results};
 use mtls_tests::kubernetes::ApiServer;
 use mtls_tests::{Agent, Lab, Mesh, Options, Pod};
 use serde_json::{Value, json};
 
-use crate::metric::{Figures, Metric};
-use crate::progress::Progress;
-use crate::record::{Compared, Environment, Results};
 use crate::scale::{map_bytes, until, without_prefixes};
 use crate::world::PORT;
 
@@ -38,7 +36,7 @@ pub fn run(sizes: &[usize], results: &mut Results) -> Result<Environment> {
     for pods in sizes {
         let lab = Lab::with_nodes(&["node-a"])?;
         let (client, server) = (lab.pod("node-a", "client")?, lab.pod("node-a", "server")?);
-        environment = Environment::of(&client)?;
+        environment = crate::world::environment(&client)?;
         let mut mesh = Mesh::start_with(&lab, &Options { kubernetes: true, ..Options::default() })?;
         mesh.agent("node-a").kill();
         generate(lab.api_server()?, *pods)?;

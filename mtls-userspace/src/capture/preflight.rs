@@ -52,7 +52,7 @@ pub(super) fn cgroup_id(path: &Path) -> Result<u64, Error> {
     Ok(fs::metadata(path).map_err(error)?.ino())
 }
 
-pub(super) fn mounted() -> Result<PathBuf, Error> {
+pub(crate) fn mounted() -> Result<PathBuf, Error> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|_| Error::NoCgroup2)?;
     cgroup2_mount(&mounts).ok_or(Error::NoCgroup2)
 }
