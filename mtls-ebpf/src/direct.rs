@@ -120,10 +120,15 @@ fn is_mptcp(sk: *mut aya_ebpf::bindings::bpf_sock) -> bool {
 #[inline(always)]
 pub fn dialled(ctx: &SockOpsContext, note: &Note) {
     let flow = Flow { netns: 0, ..outgoing(ctx) };
-    // An earlier connection with these addresses, whose server's socket was never closed.
-    end(&flow, true);
     // SAFETY: the context is the program's own; a helper without arguments.
     let (client, since_ns) = unsafe { (bpf_get_netns_cookie(ctx.ops.cast()), bpf_ktime_get_ns()) };
+    // Under an address of another pod it would take that pod's record.
+    if pod_at(&flow.client_addr_be) != Some(client) {
+        count(Counter::DirectRefused);
+        return abandon(ctx);
+    }
+    // An earlier connection with these addresses, whose server's socket was never closed.
+    end(&flow, true);
     let to = Endpoint { addr_be: flow.server_addr_be, port: flow.server_port, pad: 0 };
     let server = pod_at(&to.addr_be).unwrap_or(0);
     let record = Direct { client, server, since_ns, dialled: note.peer, ..Direct::default() };
@@ -133,7 +138,7 @@ pub fn dialled(ctx: &SockOpsContext, note: &Note) {
         return abandon(ctx);
     }
     // Now that the agent can find the record: is there still a grant?
-    if pod_at(&flow.client_addr_be) != Some(client) || granted(client, &to) != Some(server) {
+    if granted(client, &to) != Some(server) {
         count(Counter::DirectRefused);
         if let Some(record) = DIRECT.get_ptr_mut(flow) {
             // SAFETY: an entry of the map; nobody else writes this field before the SYN has been sent.
@@ -180,8 +185,13 @@ pub fn accepted(ctx: &SockOpsContext) -> bool {
     if LEASE.get(0).is_none_or(|lease| lease.epoch == 0) {
         return false;
     }
-    let flow = Flow { netns: 0, ..incoming(ctx) };
-    let Some(record) = DIRECT.get_ptr_mut(flow) else { return false };
+    let flow = incoming(ctx);
+    let Some(record) = DIRECT.get_ptr_mut(Flow { netns: 0, ..flow }) else { return false };
+    // SAFETY: an entry of the map; nobody writes this field.
+    if flow.netns != unsafe { (*record).server } {
+        // Somebody who uses the same addresses in a namespace of his own.
+        return false;
+    }
     let is_noted = write_note(socket(ctx), Note { kind: note::DIRECT_SERVED, peer: Endpoint::default() });
     // SAFETY: an entry of the map; only the server's socket writes these fields.
     unsafe {

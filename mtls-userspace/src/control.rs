@@ -125,9 +125,9 @@ impl Control {
 
     /// Ends open connections that the mesh in force refuses: those that this agent carries end themselves.
     fn revoke(&self, mesh: &Mesh) {
-        tokio::task::block_in_place(|| self.direct.refresh());
+        let direct = tokio::task::block_in_place(|| self.direct.follow_up());
         self.observer.revoke(&|flow| self.direct.unwanted(flow).or_else(|| refused_now(mesh, flow)));
-        tokio::task::block_in_place(|| self.direct.enforce(mesh));
+        tokio::task::block_in_place(|| self.direct.enforce(mesh, &direct));
     }
 }
 

@@ -10,12 +10,14 @@ use std::time::{Duration, Instant};
 
 use super::Direct;
 use crate::addr::{OriginalDst, OriginalSrc};
-use crate::capture::{DirectFlow, DirectRecord, Ending, Endings, How};
+use crate::capture::{self, DirectFlow, DirectRecord, Ending, Endings, How};
 use crate::mesh::Mesh;
 use crate::observe::{self, Connection, Flow, Party, Path, Refusal};
 use crate::policy::{Peer, Request};
 use crate::worker::Pod;
 
+/// The end of a connection whose record is gone is on the way for so long at most; then it was lost.
+const LATE: Duration = Duration::from_secs(10);
 /// A handshake that takes longer has failed, whatever became of its sockets.
 const HANDSHAKE: Duration = Duration::from_secs(150);
 
@@ -28,8 +30,8 @@ pub(super) struct Open {
 
 struct Known {
     connection: Connection,
-    /// Looks at the kernel's records that did not find it: its end is on the way, or was lost.
-    missed: u32,
+    /// The kernel has no record of it any more since then: its end is on the way, or was lost.
+    missing: Option<Instant>,
 }
 
 impl Direct {
@@ -45,26 +47,41 @@ impl Direct {
         }
     }
 
-    /// Brings the observer up to date with the kernel: which connections are open, and their bytes so far.
+    /// Brings the observer up to date with the kernel, for somebody who asks.
     pub fn refresh(&self) {
-        if let Err(error) = self.look(&mut self.open()) {
+        let mut open = self.open();
+        // Until this node's pods are known, nobody can say whose connections they are.
+        if open.adopted
+            && let Err(error) = self.look(&mut open)
+        {
             tracing::warn!(%error, "direct connections are not up to date");
         }
     }
 
-    fn look(&self, open: &mut Open) -> Result<(), crate::capture::Error> {
+    /// Brings the observer up to date with the kernel: which connections are open, and their bytes so far. To be called
+    /// with this node's pods known, and before open connections are judged; what it returns is for [`Self::enforce`].
+    pub fn follow_up(&self) -> Vec<DirectRecord> {
+        self.look(&mut self.open()).unwrap_or_else(|error| {
+            tracing::error!(%error, "open direct connections cannot be judged");
+            Vec::new()
+        })
+    }
+
+    fn look(&self, open: &mut Open) -> Result<Vec<DirectRecord>, capture::Error> {
         let records = self.capture.direct_connections()?;
         if records.is_empty() && open.connections.is_empty() {
             open.adopted = true;
-            return Ok(());
+            return Ok(records);
         }
         let dialling: HashSet<u64> = records.iter().map(|record| record.client).collect();
         let mut bytes = HashMap::new();
         for pod in self.local.all().iter().filter(|pod| dialling.contains(&pod.socket.netns_cookie())) {
             bytes.insert(pod.socket.netns_cookie(), pod.socket.dialled_bytes()?);
         }
-        let known = open.connections.values_mut();
-        known.for_each(|known| known.missed += 1);
+        let now = Instant::now();
+        for known in open.connections.values_mut() {
+            known.missing.get_or_insert(now);
+        }
         for record in &records {
             let counted = bytes.get(&record.client).and_then(|pod| pod.get(&record.flow)).copied();
             if !record.accepted {
@@ -81,17 +98,16 @@ impl Direct {
                     // An earlier agent's metrics have these already.
                     connection.adopt(sent, received);
                 }
-                Known { connection, missed: 0 }
+                Known { connection, missing: None }
             });
-            known.missed = 0;
+            known.missing = None;
             if let Some((sent, received)) = counted {
                 known.connection.progress().reach(sent, received);
             }
         }
         open.adopted = true;
-        // The end of a connection may have been lost; a second look rules out that it is only late.
-        open.connections.retain(|_, known| known.missed < 3);
-        Ok(())
+        open.connections.retain(|_, known| known.missing.is_none_or(|since| now - since < LATE));
+        Ok(records)
     }
 
     fn ended(&self, ending: &Ending) {
@@ -143,13 +159,9 @@ impl Direct {
     }
 
     /// Resets every connection that the observer was asked to stop, and refuses those of them that are still being
-    /// dialled. To be called once a mesh is in force and open connections were judged by it.
-    pub fn enforce(&self, mesh: &Mesh) {
-        let records = match self.capture.direct_connections() {
-            Ok(records) => records,
-            Err(error) => return tracing::error!(%error, "open direct connections cannot be judged"),
-        };
-        for record in &records {
+    /// dialled. What the kernel has recorded since had a grant under the mesh in force.
+    pub fn enforce(&self, mesh: &Mesh, records: &[DirectRecord]) {
+        for record in records {
             let is_stopped = match self.open().connections.get(&record.flow) {
                 Some(known) => known.connection.stop_reason().is_some(),
                 None => !self.wanted || self.judge(mesh, &self.flow(record)).is_err(),
@@ -160,10 +172,17 @@ impl Direct {
         }
     }
 
-    /// Why an open connection may not stay, besides what policy says: it is no longer wanted that any is direct.
+    /// Why an open connection may not stay, besides what policy says.
     pub fn unwanted(&self, flow: &Flow) -> Option<Arc<str>> {
-        let is_unwanted = !self.wanted && flow.path == Path::Direct;
-        is_unwanted.then(|| "same-node connections are no longer direct".into())
+        if flow.path != Path::Direct {
+            None
+        } else if !self.wanted {
+            Some("same-node connections are no longer direct".into())
+        } else if flow.source.identity.is_none() || flow.destination.identity.is_none() {
+            Some("one of the two pods is not enrolled any more".into())
+        } else {
+            None
+        }
     }
 
     fn reset(&self, record: &DirectRecord) {
