@@ -50,7 +50,11 @@ pub struct Options {
     /// Certificate authority, for example https://10.0.0.1:15012
     #[arg(long, value_name = "URL")]
     ca_address: Option<String>,
-    /// Roots that the authority's own certificate must lead to (PEM)
+    /// Instead of an authority's address: the signer of the Kubernetes API's certificate signing requests, for example
+    /// example.org/mesh
+    #[arg(long, value_name = "NAME")]
+    ca_signer: Option<String>,
+    /// Roots that the authority's own certificate, or what a --ca-signer signs, must lead to (PEM)
     #[arg(long, value_name = "FILE")]
     ca_root: Option<PathBuf>,
     /// File with the token that proves this node to the authority
@@ -131,6 +135,25 @@ pub struct Options {
     /// Not what the kernel is found to do: NAME=on must work, NAME=off is left alone; names are those of `mtls lab features`
     #[arg(long, value_name = "NAME=on|off")]
     feature: Vec<Forced>,
+    /// Whether the kernel carries the TLS records of long streams; `on` fails at start where it can't [default: auto]
+    #[arg(long)]
+    kernel_tls: Option<KernelTls>,
+    /// Bytes after which a stream counts as long [default: 67108864]
+    #[arg(long, value_name = "BYTES")]
+    kernel_tls_after: Option<u64>,
+}
+
+/// Who carries the records of long streams.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KernelTls {
+    /// The kernel, where it has TLS and is no slower at it than this process
+    #[default]
+    Auto,
+    /// This process
+    Off,
+    /// The kernel
+    On,
 }
 
 /// Same-node connections: the same checks either way.
@@ -186,6 +209,9 @@ pub struct Config {
     /// Congestion control on the legs that never leave a pod, where a paced one (BBR) costs a third of the throughput.
     /// Absent: cubic, else reno. Empty: the host's choice.
     pub loopback_congestion: Option<String>,
+    pub kernel_tls: KernelTls,
+    /// Bytes.
+    pub kernel_tls_after: u64,
     /// What the operator decided about paths; about the others the kernel decides.
     pub features: Vec<Forced>,
 }
@@ -269,6 +295,8 @@ impl Options {
             loopback_congestion: options
                 .loopback_congestion
                 .map(|name| if name == "host" { String::new() } else { name }),
+            kernel_tls: options.kernel_tls.unwrap_or_default(),
+            kernel_tls_after: options.kernel_tls_after.unwrap_or(64 << 20),
             features: options.feature,
         })
     }
@@ -289,6 +317,7 @@ impl Options {
             kubeconfig: self.kubeconfig.or(file.kubeconfig),
             trust_pod_annotations: self.trust_pod_annotations || file.trust_pod_annotations,
             ca_address: self.ca_address.or(file.ca_address),
+            ca_signer: self.ca_signer.or(file.ca_signer),
             ca_root: self.ca_root.or(file.ca_root),
             ca_token_file: self.ca_token_file.or(file.ca_token_file),
             ca_node_cert: self.ca_node_cert.or(file.ca_node_cert),
@@ -319,6 +348,8 @@ impl Options {
             access_log: self.access_log.or(file.access_log),
             drain: self.drain.or(file.drain),
             loopback_congestion: self.loopback_congestion.or(file.loopback_congestion),
+            kernel_tls: self.kernel_tls.or(file.kernel_tls),
+            kernel_tls_after: self.kernel_tls_after.or(file.kernel_tls_after),
             // The last word on a feature counts.
             feature: [file.feature, self.feature].concat(),
         }
@@ -458,6 +489,7 @@ mod tests {
         let config = complete().validate().unwrap();
         assert_eq!(config.same_node, SameNode::Relay);
         assert_eq!(config.certificate_lifetime, Duration::from_secs(86_400));
+        assert_eq!((config.kernel_tls, config.kernel_tls_after), (KernelTls::Auto, 64 << 20));
         assert_eq!(config.admin.to_string(), "127.0.0.1:15020");
     }
 

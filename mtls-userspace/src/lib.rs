@@ -24,6 +24,7 @@
 //! | [`plaintext`] | plaintext that was seen → readiness for STRICT |
 //! | [`succession`] | another agent → its place, without a connection refused |
 //! | [`observe`] | counters, access log, admin API |
+//! | [`node_check`] | a node before installing → what is missing, in the way, or to be set |
 //!
 //! [`kubernetes`] is the way to the API server, for the rooms that need one; [`inspect`] answers the admin socket's questions from what the rooms hold and the kernel has;
 //! [`explain`] says what the walk would do to a connection without making one.
@@ -35,6 +36,7 @@ pub mod ca;
 pub mod capture;
 pub mod cli;
 pub mod cni;
+pub mod compare;
 pub mod config;
 pub mod connection;
 pub mod control;
@@ -50,11 +52,14 @@ pub mod kubernetes;
 pub mod locate;
 pub mod mesh;
 pub mod node;
+pub mod node_check;
 pub mod observe;
 pub mod outcome;
 pub mod plaintext;
 pub mod policy;
 pub mod relay;
+pub mod results;
+mod rtnetlink;
 pub mod succession;
 pub mod tenure;
 pub mod tunnel;

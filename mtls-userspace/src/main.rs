@@ -40,6 +40,8 @@ enum Command {
     Verify(cli::verify::Args),
     /// List policies, look over manifests, or explain what they would do to a connection
     Policy(cli::policy::Args),
+    /// Say whether this node can take part, before installing, and what to set: exit 0 it can, 1 not yet, 2 nobody could tell
+    NodeCheck(cli::node_check::Args),
     /// Be the CNI plugin of this node, or take it off
     Cni(cli::cni::Args),
     /// Measure: a load client and its server
@@ -63,6 +65,7 @@ fn main() -> ExitCode {
         Command::Connections(args) => cli::connections::main(&args),
         Command::Services(args) => cli::services::main(&args),
         Command::Verify(args) => return cli::verify::main(&args),
+        Command::NodeCheck(args) => return cli::node_check::main(&args),
         Command::Policy(args) => cli::policy::main(args),
         Command::Cni(args) => match cli::cni::main(args) {
             Ok(code) => return code,

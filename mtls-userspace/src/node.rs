@@ -9,13 +9,14 @@ use std::time::Duration;
 
 use anyhow::Context;
 use arc_swap::ArcSwap;
+use rustls::CipherSuite;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::capture::{self, Capture};
 use crate::cni::Admissions;
-use crate::config::{Config, IdentitySource, MeshSource, SameNode};
+use crate::config::{Config, IdentitySource, KernelTls, MeshSource, SameNode};
 use crate::control::Control;
 use crate::direct::Direct;
 use crate::door::Door;
@@ -71,7 +72,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         })
         .context("kernel half")?,
     );
-    let identities = identities(&config)?;
+    let identities = identities(&config).await?;
     let observer = Observer::new(observe::Settings {
         access_log: config.access_log,
         ..observe::Settings::new(config.node.clone())
@@ -98,9 +99,14 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         observer.clone(),
     )
     .context("kernel half")?;
+    let kernel = kernel_carried(config.kernel_tls, &chosen)?;
     let usual = tunnel::Config::default();
-    let retransmit = usual.retransmit.filter(|_| chosen.uses(Choice::TcpRtoMax));
-    let tunnel = Arc::new(tunnel::Config { retransmit, ..usual });
+    let tunnel = Arc::new(tunnel::Config {
+        retransmit: usual.retransmit.filter(|_| chosen.uses(Choice::TcpRtoMax)),
+        raw_after: (!kernel.is_empty()).then_some(config.kernel_tls_after),
+        kernel,
+        ..usual
+    });
     tokio::spawn(follow_trust(identities.clone(), tunnel.clone()));
     let workers = (0..config.workers)
         .map(|index| {
@@ -298,7 +304,34 @@ async fn begin(
     let _ = sockets.await;
 }
 
-fn identities(config: &Config) -> anyhow::Result<Arc<Identities>> {
+/// The suites whose records go to the kernel on long streams; says so once, with the reason.
+fn kernel_carried(wish: KernelTls, chosen: &Chosen) -> anyhow::Result<Vec<CipherSuite>> {
+    let suites = [
+        (Choice::KtlsAes128Gcm, CipherSuite::TLS13_AES_128_GCM_SHA256),
+        (Choice::KtlsAes256Gcm, CipherSuite::TLS13_AES_256_GCM_SHA384),
+        (Choice::KtlsChacha20Poly1305, CipherSuite::TLS13_CHACHA20_POLY1305_SHA256),
+    ];
+    let works = suites.into_iter().filter(|(choice, _)| chosen.uses(*choice)).map(|(_, suite)| suite);
+    let works: Vec<CipherSuite> = works.collect();
+    let (carried, why) = match wish {
+        KernelTls::Off => (Vec::new(), "switched off".to_owned()),
+        KernelTls::On if works.is_empty() => {
+            anyhow::bail!("--kernel-tls on, but this kernel carries no TLS records: it {chosen}")
+        }
+        KernelTls::On => (works, "switched on".to_owned()),
+        KernelTls::Auto if works.is_empty() => (works, "the kernel carries none".to_owned()),
+        KernelTls::Auto => match tunnel::RecordCost::measure() {
+            Ok(cost) if cost.kernel <= cost.userspace => (works, cost.to_string()),
+            Ok(cost) => (Vec::new(), cost.to_string()),
+            Err(error) => (Vec::new(), error.to_string()),
+        },
+    };
+    let carrier = if carried.is_empty() { "userspace" } else { "kernel" };
+    tracing::info!(carrier, %why, "records of long streams");
+    Ok(carried)
+}
+
+async fn identities(config: &Config) -> anyhow::Result<Arc<Identities>> {
     let settings = identity::Config {
         lifetime: config.certificate_lifetime,
         revocation_file: config.crl.clone(),
@@ -309,6 +342,12 @@ fn identities(config: &Config) -> anyhow::Result<Arc<Identities>> {
             let authority = identity::RemoteAuthority::new(address, root.clone(), credential.clone())
                 .context("certificate authority")?;
             Identities::new(Arc::new(authority), settings)
+        }
+        IdentitySource::Signer { name, root, kubeconfig } => {
+            let cluster = Cluster::open(kubeconfig.as_deref()).await?;
+            let signer = identity::Signer::new(&cluster, name.clone(), root.clone());
+            let attempt_timeout = identity::Signer::PATIENCE;
+            Identities::new(Arc::new(signer), identity::Config { attempt_timeout, ..settings })
         }
         IdentitySource::WorkloadApi { socket } => {
             let api = identity::WorkloadApi::new(socket).context("SPIFFE Workload API")?;

@@ -5,15 +5,13 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use mtls::results::{CONNECTIONS, Figures, Progress, QUANTILES, REQUESTS, Results, THROUGHPUT, TRANSACTIONS};
 use mtls_tests::apps::{Nginx, Postgres, Redis};
 use mtls_tests::{Lab, Running, eventually};
 use serde_json::Value;
 
 use crate::args::Args;
-use crate::metric::{CONNECTIONS, Figures, QUANTILES, REQUESTS, THROUGHPUT, TRANSACTIONS};
 use crate::note;
-use crate::progress::Progress;
-use crate::record::Results;
 use crate::world::{Carrier, Way, World};
 
 type Load = fn(&Way, &str) -> Result<Figures>;

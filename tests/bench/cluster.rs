@@ -8,13 +8,11 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use mtls::results::{Compared, Environment, Figures, Metric, Progress, Results};
 use mtls_tests::kubernetes::ApiServer;
 use mtls_tests::{Agent, Lab, Mesh, Options, Pod};
 use serde_json::{Value, json};
 
-use crate::metric::{Figures, Metric};
-use crate::progress::Progress;
-use crate::record::{Compared, Environment, Results};
 use crate::scale::{map_bytes, until, without_prefixes};
 use crate::world::PORT;
 
@@ -38,7 +36,7 @@ pub fn run(sizes: &[usize], results: &mut Results) -> Result<Environment> {
     for pods in sizes {
         let lab = Lab::with_nodes(&["node-a"])?;
         let (client, server) = (lab.pod("node-a", "client")?, lab.pod("node-a", "server")?);
-        environment = Environment::of(&client)?;
+        environment = crate::world::environment(&client)?;
         let mut mesh = Mesh::start_with(&lab, &Options { kubernetes: true, ..Options::default() })?;
         mesh.agent("node-a").kill();
         generate(lab.api_server()?, *pods)?;
@@ -117,7 +115,8 @@ fn generate(api: &ApiServer, pods: usize) -> Result<()> {
     let namespaces: Vec<Value> = (0..100)
         .map(|team| {
             let labels = json!({ "istio.io/dataplane-mode": "ambient", "team": format!("team-{team}") });
-            json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": namespace(team), "labels": labels } })
+            json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": namespace(team),
+            "labels": labels } })
         })
         .collect();
     api.apply_all(&namespaces)?;
@@ -166,11 +165,13 @@ fn node(number: usize, revision: usize) -> Value {
         },
         "spec": { "podCIDR": format!("10.{}.{}.0/24", 64 + number / 256, number % 256) },
         "status": {
-            "addresses": [{ "type": "InternalIP", "address": format!("192.168.{}.{}", number / 250, number % 250 + 1) }],
+            "addresses": [{ "type": "InternalIP", "address": format!("192.168.{}.{}", number / 250,
+            number % 250 + 1) }],
             "capacity": { "cpu": "16", "memory": "64Gi", "pods": "110" },
             "conditions": [{ "type": "Ready", "status": "True", "lastHeartbeatTime": heartbeat(revision) }],
             "images": (0..50).map(|image| json!({
-                "names": [format!("registry.example/team/image-{image}@sha256:{image:064}")], "sizeBytes": 100_000_000,
+                "names": [format!("registry.example/team/image-{image}@sha256:{image:064}")],
+                "sizeBytes": 100_000_000,
             })).collect::<Vec<_>>(),
         },
     })
@@ -184,48 +185,75 @@ fn heartbeat(revision: usize) -> String {
 fn pod(number: usize, revision: usize) -> Value {
     let app = format!("app-{}", number / PODS_PER_SERVICE);
     let hash = format!("{:010x}", number / PODS_PER_SERVICE * 7919);
-    let owned = json!({ "f:metadata": { "f:generateName": {}, "f:labels": { ".": {}, "f:app": {}, "f:pod-template-hash": {} },
+    let owned = json!({ "f:metadata": { "f:generateName": {}, "f:labels": { ".": {}, "f:app": {},
+    "f:pod-template-hash": {} },
         "f:ownerReferences": { ".": {}, "k:{\"uid\":\"00000000-0000-0000-0000-000000000000\"}": {} } },
-        "f:spec": { "f:containers": { "k:{\"name\":\"main\"}": { ".": {}, "f:env": { ".": {}, "k:{\"name\":\"A\"}": { ".": {}, "f:name": {}, "f:value": {} } },
-        "f:image": {}, "f:imagePullPolicy": {}, "f:livenessProbe": { ".": {}, "f:failureThreshold": {}, "f:httpGet": { ".": {}, "f:path": {}, "f:port": {}, "f:scheme": {} } },
-        "f:name": {}, "f:ports": { ".": {}, "k:{\"containerPort\":8080,\"protocol\":\"TCP\"}": { ".": {}, "f:containerPort": {}, "f:name": {}, "f:protocol": {} } },
-        "f:resources": { ".": {}, "f:limits": { ".": {}, "f:cpu": {}, "f:memory": {} } } } }, "f:dnsPolicy": {}, "f:enableServiceLinks": {} } });
+        "f:spec": { "f:containers": { "k:{\"name\":\"main\"}": { ".": {}, "f:env": { ".": {},
+        "k:{\"name\":\"A\"}": { ".": {}, "f:name": {}, "f:value": {} } },
+        "f:image": {}, "f:imagePullPolicy": {}, "f:livenessProbe": { ".": {}, "f:failureThreshold": {},
+        "f:httpGet": { ".": {}, "f:path": {}, "f:port": {}, "f:scheme": {} } },
+        "f:name": {}, "f:ports": { ".": {}, "k:{\"containerPort\":8080,\"protocol\":\"TCP\"}": { ".": {},
+        "f:containerPort": {}, "f:name": {}, "f:protocol": {} } },
+        "f:resources": { ".": {}, "f:limits": { ".": {}, "f:cpu": {}, "f:memory": {} } } } }, "f:dnsPolicy": {},
+        "f:enableServiceLinks": {} } });
     let env: Vec<Value> = (0..12)
         .map(|at| json!({ "name": format!("SETTING_{at}"), "value": format!("value of setting {at} of {app}") }))
         .collect();
     let probe = json!({ "httpGet": { "path": "/healthz", "port": "http", "scheme": "HTTP" }, "timeoutSeconds": 1,
         "periodSeconds": 10, "successThreshold": 1, "failureThreshold": 3 });
-    let condition = |kind: &str| json!({ "type": kind, "status": "True", "lastProbeTime": heartbeat(revision), "lastTransitionTime": heartbeat(0) });
+    let condition = |kind: &str| {
+        json!({ "type": kind, "status": "True", "lastProbeTime": heartbeat(revision),
+    "lastTransitionTime": heartbeat(0) })
+    };
     let conditions = ["PodScheduled", "Initialized", "ContainersReady", "Ready"].map(condition);
     json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {
-            "name": format!("{app}-{hash}-{number}"), "generateName": format!("{app}-{hash}-"), "namespace": namespace(number / PODS_PER_SERVICE),
-            "labels": { "app": app, "pod-template-hash": hash, "version": "v1", "team": namespace(number / PODS_PER_SERVICE), "app.kubernetes.io/managed-by": "Helm" },
+            "name": format!("{app}-{hash}-{number}"), "generateName": format!("{app}-{hash}-"),
+            "namespace": namespace(number / PODS_PER_SERVICE),
+            "labels": { "app": app, "pod-template-hash": hash, "version": "v1",
+            "team": namespace(number / PODS_PER_SERVICE), "app.kubernetes.io/managed-by": "Helm" },
             "annotations": { "prometheus.io/scrape": "true", "checksum/config": format!("{number:064}") },
-            "ownerReferences": [{ "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": format!("{app}-{hash}"), "uid": "00000000-0000-0000-0000-000000000000", "controller": true, "blockOwnerDeletion": true }],
+            "ownerReferences": [{ "apiVersion": "apps/v1", "kind": "ReplicaSet", "name": format!("{app}-{hash}"),
+            "uid": "00000000-0000-0000-0000-000000000000", "controller": true, "blockOwnerDeletion": true }],
             "managedFields": [
-                { "manager": "kube-controller-manager", "operation": "Update", "apiVersion": "v1", "time": heartbeat(0), "fieldsType": "FieldsV1", "fieldsV1": owned },
-                { "manager": "kubelet", "operation": "Update", "apiVersion": "v1", "time": heartbeat(revision), "fieldsType": "FieldsV1", "subresource": "status", "fieldsV1": owned },
+                { "manager": "kube-controller-manager", "operation": "Update", "apiVersion": "v1",
+                "time": heartbeat(0), "fieldsType": "FieldsV1", "fieldsV1": owned },
+                { "manager": "kubelet", "operation": "Update", "apiVersion": "v1", "time": heartbeat(revision),
+                "fieldsType": "FieldsV1", "subresource": "status", "fieldsV1": owned },
             ],
         },
         "spec": {
-            "nodeName": format!("far-{}", number / PODS_PER_NODE), "serviceAccountName": format!("account-{}", number / PODS_PER_SERVICE),
-            "restartPolicy": "Always", "dnsPolicy": "ClusterFirst", "schedulerName": "default-scheduler", "priority": 0,
-            "tolerations": [{ "key": "node.kubernetes.io/not-ready", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 300 }],
-            "volumes": [{ "name": "token", "projected": { "defaultMode": 420, "sources": [{ "serviceAccountToken": { "path": "token", "expirationSeconds": 3607 } }, { "configMap": { "name": "kube-root-ca.crt" } }] } }],
+            "nodeName": format!("far-{}", number / PODS_PER_NODE), "serviceAccountName": format!("account-{}",
+            number / PODS_PER_SERVICE),
+            "restartPolicy": "Always", "dnsPolicy": "ClusterFirst", "schedulerName": "default-scheduler",
+            "priority": 0,
+            "tolerations": [{ "key": "node.kubernetes.io/not-ready", "operator": "Exists", "effect": "NoExecute",
+            "tolerationSeconds": 300 }],
+            "volumes": [{ "name": "token", "projected": { "defaultMode": 420,
+            "sources": [{ "serviceAccountToken": { "path": "token", "expirationSeconds": 3607 } },
+            { "configMap": { "name": "kube-root-ca.crt" } }] } }],
             "containers": [{
-                "name": "main", "image": format!("registry.example/{app}:1.2.3"), "imagePullPolicy": "IfNotPresent", "env": env,
-                "ports": [{ "name": "http", "containerPort": 8080, "protocol": "TCP" }, { "name": "metrics", "containerPort": 9090, "protocol": "TCP" }],
-                "resources": { "limits": { "cpu": "1", "memory": "512Mi" }, "requests": { "cpu": "100m", "memory": "128Mi" } },
+                "name": "main", "image": format!("registry.example/{app}:1.2.3"), "imagePullPolicy": "IfNotPresent",
+                "env": env,
+                "ports": [{ "name": "http", "containerPort": 8080, "protocol": "TCP" }, { "name": "metrics",
+                "containerPort": 9090, "protocol": "TCP" }],
+                "resources": { "limits": { "cpu": "1", "memory": "512Mi" }, "requests": { "cpu": "100m",
+                "memory": "128Mi" } },
                 "livenessProbe": probe, "readinessProbe": probe,
-                "volumeMounts": [{ "name": "token", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount", "readOnly": true }],
+                "volumeMounts": [{ "name": "token", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount",
+                "readOnly": true }],
             }],
         },
         "status": {
-            "phase": "Running", "podIP": ip(number), "podIPs": [{ "ip": ip(number) }], "hostIP": "192.168.0.1", "qosClass": "Burstable", "startTime": heartbeat(0),
+            "phase": "Running", "podIP": ip(number), "podIPs": [{ "ip": ip(number) }], "hostIP": "192.168.0.1",
+            "qosClass": "Burstable", "startTime": heartbeat(0),
             "conditions": conditions,
-            "containerStatuses": [{ "name": "main", "ready": true, "restartCount": 0, "image": format!("registry.example/{app}:1.2.3"), "imageID": format!("registry.example/{app}@sha256:{number:064}"), "containerID": format!("containerd://{number:064}"), "state": { "running": { "startedAt": heartbeat(0) } } }],
+            "containerStatuses": [{ "name": "main", "ready": true, "restartCount": 0,
+            "image": format!("registry.example/{app}:1.2.3"),
+            "imageID": format!("registry.example/{app}@sha256:{number:064}"),
+            "containerID": format!("containerd://{number:064}"),
+            "state": { "running": { "startedAt": heartbeat(0) } } }],
         },
     })
 }
@@ -236,7 +264,8 @@ fn service(number: usize) -> Value {
         "apiVersion": "v1", "kind": "Service",
         "metadata": { "name": format!("app-{number}"), "namespace": namespace(number) },
         "spec": {
-            "type": "ClusterIP", "clusterIP": vip, "clusterIPs": [vip], "selector": { "app": format!("app-{number}") },
+            "type": "ClusterIP", "clusterIP": vip, "clusterIPs": [vip],
+            "selector": { "app": format!("app-{number}") },
             "ports": [
                 { "name": "http", "port": 80, "targetPort": "http", "protocol": "TCP" },
                 { "name": "metrics", "port": 9090, "targetPort": "metrics", "protocol": "TCP" },
@@ -257,9 +286,11 @@ fn slice(number: usize, first_is_ready: bool) -> Value {
     };
     json!({
         "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-        "metadata": { "name": format!("app-{number}-1"), "namespace": namespace(number), "labels": { "kubernetes.io/service-name": format!("app-{number}") } },
+        "metadata": { "name": format!("app-{number}-1"), "namespace": namespace(number),
+        "labels": { "kubernetes.io/service-name": format!("app-{number}") } },
         "addressType": "IPv4",
-        "ports": [{ "name": "http", "port": 8080, "protocol": "TCP" }, { "name": "metrics", "port": 9090, "protocol": "TCP" }],
+        "ports": [{ "name": "http", "port": 8080, "protocol": "TCP" }, { "name": "metrics", "port": 9090,
+        "protocol": "TCP" }],
         "endpoints": (0..PODS_PER_SERVICE).map(endpoint).collect::<Vec<_>>(),
     })
 }

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use mtls::compare::{busy, resident};
 
 /// Ticks of `/proc/stat` in a second, on every Linux there is (`USER_HZ`).
 const TICKS: f64 = 100.0;
@@ -98,27 +99,9 @@ fn stat(text: &str) -> Option<Stat> {
     })
 }
 
-/// Busy seconds of all CPUs: everything but idle, waiting for disks, and stolen by the hypervisor.
-fn busy(stat: &str) -> Option<f64> {
-    let fields: Vec<f64> = stat
-        .lines()
-        .next()?
-        .strip_prefix("cpu ")?
-        .split_whitespace()
-        .filter_map(|n| n.parse().ok())
-        .collect();
-    let [user, nice, system, _idle, _iowait, irq, softirq, ..] = fields[..] else { return None };
-    Some((user + nice + system + irq + softirq) / TICKS)
-}
-
 fn usage(cpu_stat: &str) -> Option<f64> {
     let line = cpu_stat.lines().find_map(|line| line.strip_prefix("usage_usec "))?;
     Some(line.trim().parse::<f64>().ok()? / 1e6)
-}
-
-fn resident(status: &str) -> Option<u64> {
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
 /// Lets everything that is started from here open as many files as the machine permits: how many.
@@ -149,20 +132,13 @@ mod tests {
     }
 
     #[test]
-    fn busy_leaves_out_idle_waiting_and_stolen_time() {
-        assert_eq!(busy("cpu  100 200 300 9999 8888 50 150 7777 0 0\ncpu0 1\n"), Some(8.0));
-        assert_eq!(busy("cpu0 1 2 3\n"), None);
-    }
-
-    #[test]
     fn connections_leave_some_files_for_everything_else() {
         assert_eq!((connections(20_000, 2), connections(20_000, 4), connections(500, 2)), (9500, 4750, 0));
     }
 
     #[test]
-    fn costs_are_read_in_seconds_and_bytes() {
+    fn costs_are_read_in_seconds() {
         assert_eq!(usage("usage_usec 2500000\nuser_usec 1\n"), Some(2.5));
-        assert_eq!(resident("Name:\tx\nVmRSS:\t   12 kB\n"), Some(12 * 1024));
-        assert_eq!((usage(""), resident("VmRSS: 12 MB")), (None, None));
+        assert_eq!(usage(""), None);
     }
 }

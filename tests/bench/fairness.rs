@@ -4,17 +4,18 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use mtls::results::Workload;
 use mtls_tests::{Running, mtls};
 
 use crate::args::{Args, Kind};
 use crate::measure::{self, Measured};
-use crate::metric::{WORKLOADS, Workload};
+use crate::workloads::WORKLOADS;
 use crate::world::Way;
 
 /// The load whose latency is looked at.
 pub fn workload() -> &'static Workload {
-    let paced = WORKLOADS.iter().find(|workload| workload.kind == Kind::Paced);
-    paced.unwrap_or(&WORKLOADS[0])
+    let paced = WORKLOADS.iter().find(|(kind, _)| *kind == Kind::Paced);
+    &paced.unwrap_or(&WORKLOADS[0]).1
 }
 
 /// What the neighbour does meanwhile.

@@ -7,8 +7,7 @@ use std::collections::HashMap;
 use std::fs;
 
 use anyhow::{Context, Result};
-
-use crate::metric::{Figures, Metric};
+use mtls::results::{Figures, Metric};
 
 const SWITCH: &str = "/proc/sys/kernel/bpf_stats_enabled";
 

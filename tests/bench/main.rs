@@ -10,25 +10,30 @@ mod cost;
 mod fairness;
 mod kernel;
 mod measure;
-mod metric;
-mod page;
 mod peers;
-mod progress;
-mod record;
 mod scale;
-mod table;
+mod workloads;
 mod world;
 
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use mtls::results::{
+    Compared, Environment, Figures, Key, Missing, Page, Progress, Results, Workload, clock, table,
+};
 
 use args::{Args, Kind};
-use metric::{Figures, WORKLOADS, Workload};
-use progress::Progress;
-use record::{Environment, Results};
+use workloads::WORKLOADS;
 use world::{Carrier, Way, World};
+
+/// Who has which colour on the page.
+const KEYS: [Key; 4] = [
+    Key { class: "plain", name: "plain TCP", is: |path| path.starts_with("plain") },
+    Key { class: "ours", name: "mtls, between nodes", is: |path| path == "mtls" },
+    Key { class: "near", name: "mtls, same node", is: |path| path.starts_with("mtls") },
+    Key { class: "peer", name: "others", is: |_| true },
+];
 
 fn main() -> Result<()> {
     let args = Args::parse();
@@ -45,11 +50,12 @@ fn main() -> Result<()> {
         (None, None) => {
             let mut world = World::build(&args, files)?;
             run(&mut world, &args, &mut results)?;
-            Environment::of(&world.ways.first().context("no paths")?.client)?
+            world::environment(&world.ways.first().context("no paths")?.client)?
         }
     };
     report(&environment, &args, &results)?;
-    let ours: Vec<&String> = results.failures.iter().filter(|what| what.starts_with("mtls")).collect();
+    let ours: Vec<&Missing> =
+        results.missing.iter().filter(|missing| missing.path.starts_with("mtls")).collect();
     ensure!(ours.is_empty(), "not measured on our own paths: {ours:?}");
     Ok(())
 }
@@ -58,7 +64,8 @@ fn run(world: &mut World, args: &Args, results: &mut Results) -> Result<()> {
     for way in &world.ways {
         measure::prove(way).with_context(|| format!("{}: no traffic passes as it should", way.name.path))?;
     }
-    let loads: Vec<&Workload> = WORKLOADS.iter().filter(|workload| args.wants(workload.kind)).collect();
+    let loads = WORKLOADS.iter().filter(|(kind, _)| args.wants(*kind));
+    let loads: Vec<&Workload> = loads.map(|(_, workload)| workload).collect();
     let carried = world.ways.iter().filter(|way| !way.agents.is_empty()).count();
     let mut total = loads.len() * world.ways.len() * args.repetitions;
     if args.wants(Kind::Cold) {
@@ -108,7 +115,7 @@ fn run(world: &mut World, args: &Args, results: &mut Results) -> Result<()> {
     if args.applications {
         applications::run(world, args, results, &mut progress)?;
     }
-    println!("measured in {}", progress::clock(progress.elapsed()));
+    println!("measured in {}", clock(progress.elapsed()));
     Ok(())
 }
 
@@ -116,7 +123,7 @@ fn run(world: &mut World, args: &Args, results: &mut Results) -> Result<()> {
 fn note(
     results: &mut Results,
     progress: &mut Progress,
-    path: &record::Compared,
+    path: &Compared,
     workload: &str,
     figures: Result<Figures>,
     disturbance: f64,
@@ -124,7 +131,10 @@ fn note(
     progress.step(&path.path, workload, figures.as_ref());
     match figures {
         Ok(figures) => results.add(path, workload, &figures, disturbance),
-        Err(error) => results.failures.push(format!("{}, {workload}: {error:#}", path.path)),
+        Err(error) => {
+            let path = format!("{}, {workload}", path.path);
+            results.missing.push(Missing { path, why: format!("{error:#}") });
+        }
     }
 }
 
@@ -188,8 +198,8 @@ fn memory(world: &mut World, args: &Args, results: &mut Results, progress: &mut 
 
 fn report(environment: &Environment, args: &Args, results: &Results) -> Result<()> {
     let records = results.records(environment);
-    ensure!(!records.is_empty(), "nothing was measured: {:?}", results.failures);
-    println!("\n{}", table::table(&records));
+    ensure!(!records.is_empty(), "nothing was measured: {:?}", results.missing);
+    println!("\n{}", table(&records));
     println!(
         "{}, Linux {}, {}, {}; in parentheses the ratio to plain TCP",
         environment.machine, environment.kernel, environment.congestion_control, environment.version
@@ -200,14 +210,22 @@ fn report(environment: &Environment, args: &Args, results: &Results) -> Result<(
             "other processes used up to {worst:.2} CPUs during a measurement; `disturbance` in bench.json tells which"
         );
     }
-    for failure in &results.failures {
-        println!("not measured: {failure}");
+    for Missing { path, why } in &results.missing {
+        println!("not measured: {path}: {why}");
     }
     let (json, html) = (args.out.join("bench.json"), args.out.join("bench.html"));
     fs::write(&json, serde_json::to_string_pretty(&records)?)
         .with_context(|| format!("write {}", json.display()))?;
-    fs::write(&html, page::page(&records, environment, &results.failures))
-        .with_context(|| format!("write {}", html.display()))?;
+    let page = Page {
+        title: "mtls beside plain TCP",
+        note: "Client, server and all agents share this machine. Bars are medians, thin lines reach from the least to \
+               the most; ratios are to plain TCP on the same way.",
+        keys: &KEYS,
+        records: &records,
+        missing: &results.missing,
+        environment,
+    };
+    fs::write(&html, page.html()).with_context(|| format!("write {}", html.display()))?;
     println!("{} and {}", json.display(), html.display());
     Ok(())
 }

@@ -5,13 +5,13 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use mtls::results::{FIRST_BYTE, Figures, Metric, Workload};
 use mtls_tests::{Running, mtls};
 use serde_json::Value;
 
 use crate::args::Args;
 use crate::cost::{Agent, Clock};
 use crate::kernel;
-use crate::metric::{FIRST_BYTE, Figures, Metric, Workload};
 use crate::world::{Carrier, Way};
 
 /// Figures, and how many CPUs others used meanwhile.

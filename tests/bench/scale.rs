@@ -8,13 +8,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use mtls::results::{Compared, Environment, Figures, Metric, Progress, Results};
 use mtls_tests::{Lab, Mesh, Options, Pod, Running, mtls};
 use serde_json::{Value, json};
 
 use crate::kernel;
-use crate::metric::{Figures, Metric};
-use crate::progress::Progress;
-use crate::record::{Compared, Environment, Results};
 use crate::world::PORT;
 
 const POLICIES: usize = 5000;
@@ -36,7 +34,7 @@ pub fn run(sizes: &[usize], results: &mut Results) -> Result<Environment> {
         let lab = Lab::with_nodes(&["node-a"])?;
         let (client, server) = (lab.pod("node-a", "client")?, lab.pod("node-a", "server")?);
         let vip = lab.service("server", &[&server], PORT, &json!(PORT))?;
-        environment = Environment::of(&client)?;
+        environment = crate::world::environment(&client)?;
         let mut mesh = Mesh::start_with(&lab, &Options::default())?;
         generate(&lab, *size)?;
         let figures = measure(&lab, &mut mesh, &client, &server, &vip.to_string());

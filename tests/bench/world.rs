@@ -8,13 +8,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use mtls::results::{Compared, Environment, distinct};
 use mtls_tests::{Forger, Lab, Mesh, Options, Pod, Running, eventually, mtls, sysctl};
 
 use crate::args::Args;
 use crate::cost::{Agent, connections};
 use crate::peers::{self, Peer};
-use crate::record::Compared;
-use crate::table::distinct;
 
 /// Where the load server listens, in every server pod.
 pub const PORT: u16 = 7000;
@@ -147,6 +146,15 @@ impl World {
         ensure!(self.servers.iter_mut().all(Running::alive), "a load server ended");
         Ok(())
     }
+}
+
+/// Where it is measured; `pod` is any that takes part: its namespace's congestion control is everybody's.
+pub fn environment(pod: &Pod) -> Result<Environment> {
+    const CONTROL: &str = "/proc/sys/net/ipv4/tcp_congestion_control";
+    let control = pod.netns().within(|| std::fs::read_to_string(CONTROL).context(CONTROL))?;
+    let version = std::process::Command::new(mtls()?).arg("--version").output()?;
+    let version = String::from_utf8_lossy(&version.stdout).trim().to_owned();
+    Ok(Environment::here(control.trim().to_owned(), version))
 }
 
 fn plain(lab: &Lab) -> Result<Vec<Way>> {

@@ -4,10 +4,16 @@
 //! Rendered by kubectl and helm as they are released, judged by Kubernetes' own schemas. No API server: what only one
 //! could say is not said here.
 
+mod container;
+mod image;
 mod kinds;
+mod names;
+mod permissions;
+mod privileges;
 mod rendered;
 mod same;
 mod schemas;
+mod scripts;
 mod stated;
 mod values;
 

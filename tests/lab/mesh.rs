@@ -202,6 +202,14 @@ impl Agent {
         Ok(old)
     }
 
+    /// Starts it by another command, which is asked to end when it is dropped: a container runtime, say.
+    pub fn launch_by(&mut self, command: Command) -> Result<()> {
+        ensure!(self.process.is_none(), "the agent of {} runs already", self.node.name());
+        let process = Running::start_logged(command, &self.access_log_file(), &self.log_file())?;
+        self.process = Some(process.stopped_by(nix::sys::signal::Signal::SIGTERM));
+        Ok(())
+    }
+
     /// The product's binary in the place where this agent runs, without arguments.
     pub fn command(&self) -> Result<Command> {
         let mut command = self.node.command_in("agent", requirements::mtls()?);

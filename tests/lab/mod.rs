@@ -39,6 +39,7 @@ pub use http::{Request, Response, get as http_get};
 pub use kubelet::{Cni, Kubelet, RealPod, RealPodSpec};
 pub use manifests::{Level, Mode, Port};
 pub use mesh::{Agent, Mesh, Metrics, Options, eventually};
+pub use network::plan::MESH_PREFIXES;
 pub use network::{cut, sysctl};
 pub use place::{Node, Pod, PodSpec};
 pub use process::{Finished, PATIENCE, Running};

@@ -97,7 +97,7 @@ fn the_agent_uses_what_works_and_a_path_that_is_forced_and_cannot_work_is_an_err
     let mut scene = Scene::new()?;
     let report: Value = serde_json::from_str(&examine(&scene.lab, &mut scene.mesh, &[])?.stdout)?;
     let metrics = scene.mesh.agent("node-a").metrics()?;
-    let choices = ["ktls-aes-128-gcm", "ktls-rekey", "splice", "tcp-rto-max", "socket-destroy"];
+    let choices = ["ktls-aes-128-gcm", "ktls-aes-256-gcm", "splice", "tcp-rto-max", "socket-destroy"];
     for name in choices {
         let works = finding(&report, name)?["works"] == true;
         let used = metrics.sum("mtls_capability", &[("feature", name)]);

@@ -73,11 +73,15 @@ fn renew_under_traffic(time: Duration) -> Result<String> {
         assert_eq!(sum(&mut scene, failures)?, [0.0; 2], "{failures}");
     }
     // Keys of certificates that were renewed are gone from memory: one for each identity is left, and at most one more
-    // that is just being replaced.
+    // that is just being replaced. One that moves while it is looked for may be missed, or met twice: look again.
     for (node, identities) in [("node-a", 1), ("node-b", 2)] {
         let pid = scene.mesh.agent(node).pid().context("the agent runs")?;
-        let keys = keys_in_memory(pid)?;
-        assert!((identities..=identities + 1).contains(&keys), "{keys} keys in the memory of {node}");
+        let mut keys = 0;
+        let as_many_as_identities = eventually(Duration::from_secs(15), || {
+            keys = keys_in_memory(pid).ok()?;
+            (identities..=identities + 1).contains(&keys).then_some(())
+        });
+        assert!(as_many_as_identities.is_some(), "{keys} keys in the memory of {node}");
     }
     let renewals = sum(&mut scene, "mtls_certificate_renewals_total")?;
     let handshakes = sum(&mut scene, "mtls_handshakes_total")?;

@@ -5,6 +5,7 @@
 mod applications;
 mod authorization;
 mod bench;
+mod compare;
 mod configuration;
 mod direct;
 mod encrypted;

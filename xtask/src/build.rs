@@ -64,11 +64,12 @@ pub fn object() -> anyhow::Result<PathBuf> {
     Ok(object)
 }
 
-fn executable(messages: &str) -> Option<PathBuf> {
+/// The last executable that cargo says it made.
+pub fn executable(messages: &str) -> Option<PathBuf> {
     let messages = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
     messages.filter_map(|message| message["executable"].as_str().map(PathBuf::from)).next_back()
 }
 
-fn workspace() -> &'static Path {
+pub fn workspace() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
 }

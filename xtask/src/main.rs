@@ -3,6 +3,7 @@
 mod bench;
 mod build;
 mod demo;
+mod image;
 mod kubernetes;
 mod lint;
 mod promtool;
@@ -29,6 +30,8 @@ enum Task {
     Setup,
     /// Build the kernel half and the `mtls` binary that carries it.
     Build(build::Build),
+    /// The container image, without Docker: an OCI layout and an archive to load.
+    Image(image::Image),
     /// Show it at work: two nodes, real applications, an intruder.
     Demo,
     /// Measure beside plain TCP, and beside others, in the same lab: `cargo xtask bench --help`.
@@ -46,6 +49,7 @@ fn main() -> Result<()> {
     match Args::parse().command {
         Task::Setup => setup::run(),
         Task::Build(build) => build.run().map(|path| println!("{}", path.display())),
+        Task::Image(image) => image.run(),
         Task::Demo => demo::run(),
         Task::Bench(bench) => bench.run(),
         Task::Test(test) => test.run(),

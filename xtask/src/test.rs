@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::{build, call, cargo, lint, setup, step, vm};
+use crate::{build, call, cargo, image, lint, setup, step, vm};
 
 #[derive(clap::Args)]
 pub struct Test {
@@ -41,6 +41,8 @@ impl Test {
         step("building");
         // All members at once, as below: cargo would build shared dependencies again for another choice of features.
         call(cargo().args(["build", "--quiet", "--workspace", "--bins"]))?;
+        let binary = image::beside_the_dynamic_one()?;
+        image::Image::pack_dev(&binary)?;
         // Not a test of cargo's, because it links programs its own way.
         let obstacle = if self.filter.is_none() { vm::check()? } else { None };
         step("testing");

@@ -174,10 +174,11 @@ pub(super) fn verifier_line(error: &(dyn std::error::Error + 'static)) -> Option
     let Some(ProgramError::LoadError { verifier_log, .. }) = error.downcast_ref() else {
         return None;
     };
-    let log = verifier_log.to_string();
-    let mut lines = log.lines().map(str::trim);
-    let said = lines.rfind(|line| !line.is_empty() && !line.starts_with("processed "))?;
-    Some(format!("the verifier: {said}"))
+    last_words(&verifier_log.to_string()).map(|said| format!("the verifier: {said}"))
+}
+
+fn last_words(log: &str) -> Option<&str> {
+    log.lines().map(str::trim).rfind(|line| !line.is_empty() && !line.starts_with("processed "))
 }
 
 fn program_fd(ebpf: &Ebpf, name: &str) -> Result<ProgramFd, Error> {
@@ -250,4 +251,17 @@ fn failed(what: &str, source: impl std::error::Error + Send + Sync + 'static) ->
 
 fn absent(name: &str) -> Error {
     failed(name, std::io::Error::from(std::io::ErrorKind::NotFound))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_verifiers_last_words_are_not_its_statistics() {
+        let log = "0: R1=ctx() R10=fp0\n12: (61) r0 = *(u32 *)(r1 +8)\ninvalid bpf_context access off=8 size=4\n\
+                   processed 12 insns (limit 1000000) max_states_per_insn 0 total_states 1\n\n";
+        assert_eq!(last_words(log), Some("invalid bpf_context access off=8 size=4"));
+        assert_eq!(last_words("\n"), None);
+    }
 }

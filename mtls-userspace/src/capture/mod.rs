@@ -33,6 +33,8 @@ use crate::policy::PortModes;
 pub use direct::{DirectFlow, DirectRecord, Ending, Endings, How};
 pub use error::Error;
 pub use events::{Event, EventKind, Events};
+pub(crate) use preflight::mounted as mounted_cgroup_root;
+
 pub use examine::{Examined, Fact, Place};
 pub use listen::loopback_leg;
 pub use mtls_common::{OUTBOUND_PORT, PLAINTEXT_PORT, TUNNEL_PORT};

@@ -52,7 +52,7 @@ pub(super) fn cgroup_id(path: &Path) -> Result<u64, Error> {
     Ok(fs::metadata(path).map_err(error)?.ino())
 }
 
-pub(super) fn mounted() -> Result<PathBuf, Error> {
+pub(crate) fn mounted() -> Result<PathBuf, Error> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(|_| Error::NoCgroup2)?;
     cgroup2_mount(&mounts).ok_or(Error::NoCgroup2)
 }
@@ -84,8 +84,9 @@ pub(super) fn bpffs(path: &Path) -> Result<(), Error> {
     if filesystem.filesystem_type() == BPF_FS_MAGIC { Ok(()) } else { Err(not_bpffs(None)) }
 }
 
-/// Capabilities, by bit: to load programs, to attach them to networking, to enter namespaces.
-const CAPABILITIES: [(u32, &str); 2] = [(12, "CAP_NET_ADMIN"), (21, "CAP_SYS_ADMIN")];
+/// Capabilities, by bit: to attach programs to networking, to find pods by processes that have other privileges, to load
+/// programs and enter namespaces.
+const CAPABILITIES: [(u32, &str); 3] = [(12, "CAP_NET_ADMIN"), (19, "CAP_SYS_PTRACE"), (21, "CAP_SYS_ADMIN")];
 
 pub(super) fn capabilities() -> Result<(), Error> {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();

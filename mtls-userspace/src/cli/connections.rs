@@ -72,7 +72,7 @@ fn names<'a>(parties: impl Iterator<Item = [&'a PartyRow; 2]>) -> Names {
 /// Open connections as people read them.
 pub(super) fn open_table(rows: &[ConnectionRow]) -> Table {
     let names = names(rows.iter().map(|row| [&row.source, &row.destination]));
-    let left = ["WAY", "SOURCE", "IDENTITY", "DESTINATION", "IDENTITY", "TLS", "CIPHER"];
+    let left = ["WAY", "SOURCE", "IDENTITY", "DESTINATION", "IDENTITY", "TLS", "CIPHER", "RECORDS"];
     let right = ["SENT", "RECEIVED", "AGE"].map(|name| (name, Align::Right));
     let last = ["MODE", "POLICY"].map(|name| (name, Align::Left));
     let mut table = Table::new(&[&left.map(|name| (name, Align::Left))[..], &right, &last].concat());
@@ -85,6 +85,7 @@ pub(super) fn open_table(rows: &[ConnectionRow]) -> Table {
             names.proven(row.destination.identity.as_deref()),
             row.tls.clone().unwrap_or_default(),
             row.cipher.clone().unwrap_or_default(),
+            row.records.clone().unwrap_or_default(),
             bytes(row.bytes_sent),
             bytes(row.bytes_received),
             duration(row.age_seconds as u64),
@@ -98,7 +99,7 @@ pub(super) fn open_table(rows: &[ConnectionRow]) -> Table {
 /// Connections that are over, as people read them.
 pub(super) fn ended_table(rows: &[EndedRow]) -> Table {
     let names = names(rows.iter().map(|row| [&row.source, &row.destination]));
-    let left = ["ENDED", "WAY", "SOURCE", "IDENTITY", "DESTINATION", "IDENTITY", "CIPHER"];
+    let left = ["ENDED", "WAY", "SOURCE", "IDENTITY", "DESTINATION", "IDENTITY", "CIPHER", "RECORDS"];
     let right = ["SENT", "RECEIVED", "LASTED"].map(|name| (name, Align::Right));
     let last = ["HOW", "WHY"].map(|name| (name, Align::Left));
     let mut table = Table::new(&[&left.map(|name| (name, Align::Left))[..], &right, &last].concat());
@@ -111,6 +112,7 @@ pub(super) fn ended_table(rows: &[EndedRow]) -> Table {
             end(&row.destination),
             names.proven(row.destination.identity.as_deref()),
             row.cipher.clone().unwrap_or_default(),
+            row.records.clone().unwrap_or_default(),
             bytes(row.bytes_sent),
             bytes(row.bytes_received),
             duration(row.duration_seconds as u64),

@@ -1,6 +1,7 @@
 //! The command line: one file per subcommand, and the table they print for people.
 
 use std::fmt;
+use std::io::IsTerminal;
 
 use anyhow::Context;
 
@@ -13,6 +14,7 @@ pub mod cni;
 pub mod connections;
 pub mod lab;
 pub mod node;
+pub mod node_check;
 mod policies;
 pub mod policy;
 pub mod readiness;
@@ -89,7 +91,9 @@ pub fn log_to_stderr() {
     let filter = tracing_subscriber::EnvFilter::builder()
         .with_default_directive(tracing::level_filters::LevelFilter::INFO.into())
         .from_env_lossy();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // Colours are for people; a container's log is read by programs.
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
 }
 
 /// A core dump would write private keys to a disk.

@@ -10,6 +10,8 @@ use crate::identity::Credential;
 pub enum IdentitySource {
     /// An authority that signs for keys made here.
     Authority { address: String, root: PathBuf, credential: Credential },
+    /// Whoever signs the Kubernetes API's signing requests that carry this name.
+    Signer { name: String, root: PathBuf, kubeconfig: Option<PathBuf> },
     /// A SPIFFE Workload API that hands out keys and certificates.
     WorkloadApi { socket: String },
 }
@@ -21,6 +23,7 @@ impl Options {
         let before = mistakes.0.len();
         for (flag, given) in [
             ("ca-address", self.ca_address.is_some()),
+            ("ca-signer", self.ca_signer.is_some()),
             ("ca-root", self.ca_root.is_some()),
             ("ca-token-file", self.ca_token_file.is_some()),
             ("ca-node-cert", self.ca_node_cert.is_some()),
@@ -38,6 +41,9 @@ impl Options {
     }
 
     fn authority(&self, mistakes: &mut Mistakes) -> Option<IdentitySource> {
+        if let Some(name) = &self.ca_signer {
+            return self.signer(name, mistakes);
+        }
         let address = self.ca_address.clone();
         if address.is_none() {
             mistakes.0.push("--ca-address is missing, or --spiffe-socket instead".into());
@@ -66,6 +72,22 @@ impl Options {
             mistakes.0.push("--ca-node-key is of no use without --ca-node-cert".into());
         }
         Some(IdentitySource::Authority { address: address?, root: root?, credential: credential? })
+    }
+
+    fn signer(&self, name: &str, mistakes: &mut Mistakes) -> Option<IdentitySource> {
+        for (flag, given) in [
+            ("ca-address", self.ca_address.is_some()),
+            ("ca-token-file", self.ca_token_file.is_some()),
+            ("ca-node-cert", self.ca_node_cert.is_some()),
+        ] {
+            if given {
+                mistakes.0.push(format!(
+                    "--{flag} is for a certificate authority, and --ca-signer asks the Kubernetes API: leave one of them out"
+                ));
+            }
+        }
+        let root = mistakes.required("ca-root", self.ca_root.clone())?;
+        Some(IdentitySource::Signer { name: name.into(), root, kubeconfig: self.kubeconfig.clone() })
     }
 }
 
@@ -117,5 +139,20 @@ mod tests {
         }
         let neither = Options { spiffe_socket: None, ..alone() }.validate().unwrap_err().to_string();
         assert!(neither.contains("--ca-address is missing, or --spiffe-socket"), "{neither}");
+    }
+
+    #[test]
+    fn a_signer_needs_no_address_and_no_token() {
+        let alone = || Options {
+            ca_signer: Some("example.org/mesh".into()),
+            ca_address: None,
+            ca_token_file: None,
+            ..complete()
+        };
+        let expected =
+            IdentitySource::Signer { name: "example.org/mesh".into(), root: "/r".into(), kubeconfig: None };
+        assert_eq!(alone().validate().unwrap().identities, expected);
+        let error = Options { ca_token_file: Some("/t".into()), ..alone() }.validate().unwrap_err();
+        assert!(error.to_string().contains("--ca-signer asks the Kubernetes API"), "{error}");
     }
 }

@@ -17,18 +17,16 @@ pub enum Choice {
     KtlsAes128Gcm,
     KtlsAes256Gcm,
     KtlsChacha20Poly1305,
-    KtlsRekey,
     Splice,
     TcpRtoMax,
     SocketDestroy,
 }
 
 impl Choice {
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 6] = [
         Self::KtlsAes128Gcm,
         Self::KtlsAes256Gcm,
         Self::KtlsChacha20Poly1305,
-        Self::KtlsRekey,
         Self::Splice,
         Self::TcpRtoMax,
         Self::SocketDestroy,
@@ -39,7 +37,6 @@ impl Choice {
             Self::KtlsAes128Gcm => "ktls-aes-128-gcm",
             Self::KtlsAes256Gcm => "ktls-aes-256-gcm",
             Self::KtlsChacha20Poly1305 => "ktls-chacha20-poly1305",
-            Self::KtlsRekey => "ktls-rekey",
             Self::Splice => "splice",
             Self::TcpRtoMax => "tcp-rto-max",
             Self::SocketDestroy => "socket-destroy",
@@ -202,8 +199,9 @@ mod tests {
         let found = vec![(Choice::TcpRtoMax, failed("ENOPROTOOPT"))];
         let error = Chosen::decide(found, &["tcp-rto-max=on".parse().unwrap()]).unwrap_err().to_string();
         assert!(error.contains("tcp-rto-max") && error.contains("ENOPROTOOPT"), "{error}");
-        let error = Chosen::decide(Vec::new(), &["ktls-rekey=on".parse().unwrap()]).unwrap_err().to_string();
-        assert!(error.contains("ktls-rekey") && error.contains("did not answer"), "{error}");
+        let error =
+            Chosen::decide(Vec::new(), &["ktls-aes-128-gcm=on".parse().unwrap()]).unwrap_err().to_string();
+        assert!(error.contains("ktls-aes-128-gcm") && error.contains("did not answer"), "{error}");
     }
 
     #[test]

@@ -22,7 +22,7 @@ mod spiffe;
 mod verdict;
 mod workload_api;
 
-pub use authority::{Authority, Credential, Issued, News, RemoteAuthority, trust_wire, wire};
+pub use authority::{Authority, Credential, Issued, News, RemoteAuthority, Signer, trust_wire, wire};
 pub use certificate::InvalidCertificate;
 pub(crate) use certificate::{Certificate, pem_certificates, to_pem};
 pub use issuing::Csr;
@@ -125,6 +125,12 @@ pub enum Error {
     #[error("the certificate authority at {address} refused to sign for {id}: {code:?}: {message}")]
     Refused { address: String, id: SpiffeId, code: tonic::Code, message: String },
 
+    #[error("cannot {attempt} a signing request to {signer} for {id}: {reason}")]
+    SigningRequest { attempt: &'static str, signer: String, id: SpiffeId, reason: String },
+
+    #[error("the signing request to {signer} for {id} is {condition}: {message}")]
+    NotSigned { signer: String, id: SpiffeId, condition: String, message: String },
+
     #[error("the certificate authority did not answer for {id} within {} s", waited.as_secs_f32())]
     TimedOut { id: SpiffeId, waited: Duration },
 
@@ -167,10 +173,12 @@ impl Error {
             | Self::NodeCertificate { .. }
             | Self::NodeKey { .. } => "configuration",
             Self::Unreachable { .. } | Self::Transport { .. } | Self::NoWorkloadApi { .. } => "unreachable",
+            // Whether it is away or forbids it, the API server is the way to the signer.
+            Self::SigningRequest { .. } => "unreachable",
             // gRPC's words for a connection that broke, and for "try again later".
             Self::Refused { code: tonic::Code::Unknown | tonic::Code::Unavailable, .. } => "unreachable",
             Self::Handshake { .. } => "handshake",
-            Self::Refused { .. } | Self::Withdrawn { .. } => "refused",
+            Self::Refused { .. } | Self::Withdrawn { .. } | Self::NotSigned { .. } => "refused",
             Self::TimedOut { .. } | Self::NotReady { .. } => "timeout",
             Self::Answer { .. } | Self::Unusable { .. } => "unusable",
         }

@@ -141,13 +141,14 @@ impl Writer {
             Record::Ended { at, open, duration, ending } => fields(
                 *at,
                 &open.flow,
+                open.records(),
                 (open.progress.sent(), open.progress.received()),
                 *duration,
                 ending.as_str(),
                 ending.reason(),
             ),
             Record::Refused { at, flow, refusal } => {
-                fields(*at, flow, (0, 0), Duration::ZERO, "refused", Some(refusal.to_string()))
+                fields(*at, flow, None, (0, 0), Duration::ZERO, "refused", Some(refusal.to_string()))
             }
         };
         self.line(&fields, lines);
@@ -223,11 +224,12 @@ fn is_bare(text: &str) -> bool {
 fn fields(
     at: Timestamp,
     flow: &Flow,
+    records: Option<&'static str>,
     (sent, received): (u64, u64),
     duration: Duration,
     ending: &str,
     reason: Option<String>,
-) -> [(&'static str, Value); 17] {
+) -> [(&'static str, Value); 18] {
     let workload = |party: &Party| party.workload.as_ref().map(|workload| workload.key());
     let identity = |party: &Party| party.identity.as_ref().map(ToString::to_string);
     [
@@ -243,6 +245,7 @@ fn fields(
         ("destination_identity", identity(&flow.destination).into()),
         ("service", flow.service.as_deref().into()),
         ("cipher", flow.cipher.into()),
+        ("records", records.into()),
         ("bytes_sent", sent.into()),
         ("bytes_received", received.into()),
         ("duration_ms", u64::try_from(duration.as_millis()).unwrap_or(u64::MAX).into()),

@@ -43,6 +43,11 @@ impl Open {
         self.since.elapsed()
     }
 
+    /// Who carries the TLS records at this end, where there are any.
+    pub fn records(&self) -> Option<&'static str> {
+        (self.flow.path == Path::Tunnel).then(|| self.progress.records().as_str())
+    }
+
     /// Moves what came since the last call into the metrics. Exact under concurrent calls: a maximum only rises.
     pub fn fold(&self) {
         let (sent, received) = (self.progress.sent(), self.progress.received());

@@ -219,6 +219,8 @@ pub struct EndedRow {
     pub destination: PartyRow,
     pub service: Option<String>,
     pub cipher: Option<String>,
+    /// Who carried the TLS records at this end when it ended.
+    pub records: Option<String>,
     /// Source to destination.
     pub bytes_sent: u64,
     /// Destination to source.

@@ -43,6 +43,7 @@ pub(super) struct Events {
     pub handshake_failures: Family<HandshakeFailureLabels, Counter>,
     pub tunnels_opened: Family<DirectionLabels, Counter>,
     pub tunnels_reused: Family<DirectionLabels, Counter>,
+    pub tunnel_connections: Family<RecordsLabels, Counter>,
     pub revoked: Counter,
     pub refused_total: AtomicU64,
     pub refused: Bounded<RefusedLabels, AtomicU64>,
@@ -65,6 +66,12 @@ pub(super) struct HandshakeFailureLabels {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(super) struct DirectionLabels {
     pub direction: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub(super) struct RecordsLabels {
+    pub direction: &'static str,
+    pub records: &'static str,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -151,6 +158,7 @@ impl Events {
             handshake_failures: Family::default(),
             tunnels_opened: Family::default(),
             tunnels_reused: Family::default(),
+            tunnel_connections: Family::default(),
             revoked: Counter::default(),
             refused_total: AtomicU64::new(0),
             refused: Bounded::new(cap, idle),
@@ -174,6 +182,11 @@ impl Events {
             "mtls_tunnels_reused",
             "Connections carried by a tunnel that an earlier connection opened",
             self.tunnels_reused.clone(),
+        );
+        registry.register(
+            "mtls_tunnel_connections",
+            "Connections through tunnels that ended, by who carried their TLS records at this end",
+            self.tunnel_connections.clone(),
         );
         registry.register(
             "mtls_connections_revoked",

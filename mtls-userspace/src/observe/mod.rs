@@ -46,7 +46,9 @@ mod workload_labels;
 use access_log::{Log, Record};
 use bounded::Bounded;
 use connections::{Connections, Open};
-use metrics::{DirectionLabels, Events, HandshakeFailureLabels, HandshakeLabels, PlaintextTo, Refused};
+use metrics::{
+    DirectionLabels, Events, HandshakeFailureLabels, HandshakeLabels, PlaintextTo, RecordsLabels, Refused,
+};
 use process::Process;
 use providers::Providers;
 use recent::Recent;
@@ -376,6 +378,10 @@ impl Observer {
         }
         if let Ending::Rejected(refusal) = &ending {
             self.count_refusal(open.flow.direction, refusal);
+        }
+        if let Some(records) = open.records() {
+            let labels = RecordsLabels { direction: open.flow.direction.as_str(), records };
+            self.inner.events.tunnel_connections.get_or_create(&labels).inc();
         }
         self.inner.recent.ended(open, &ending);
         if self.inner.log.is_on() {

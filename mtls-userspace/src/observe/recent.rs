@@ -35,6 +35,7 @@ struct Past {
     flow: Flow,
     sent: u64,
     received: u64,
+    records: Option<&'static str>,
     duration: Duration,
     how: How,
 }
@@ -52,6 +53,7 @@ impl Recent {
             flow: open.flow.clone(),
             sent: open.progress.sent(),
             received: open.progress.received(),
+            records: open.records(),
             duration: open.age(),
             how: How::Ended(ending.clone()),
         });
@@ -63,6 +65,7 @@ impl Recent {
             flow: flow.clone(),
             sent: 0,
             received: 0,
+            records: None,
             duration: Duration::ZERO,
             how: How::Refused(refusal.clone()),
         });
@@ -122,6 +125,7 @@ impl Past {
             destination: PartyRow::new(address.to_string(), destination),
             service: service.as_deref().map(str::to_owned),
             cipher: cipher.map(str::to_owned),
+            records: self.records.map(str::to_owned),
             bytes_sent: self.sent,
             bytes_received: self.received,
             duration_seconds: (self.duration.as_secs_f64() * 1000.0).round() / 1000.0,

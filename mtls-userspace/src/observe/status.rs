@@ -219,6 +219,8 @@ pub struct ConnectionRow {
     pub tls: Option<String>,
     /// The negotiated suite's standard name.
     pub cipher: Option<String>,
+    /// Who carries the TLS records at this end: `userspace`, `kernel`, or the kernel one way.
+    pub records: Option<String>,
     /// Source to destination.
     pub bytes_sent: u64,
     /// Destination to source.
@@ -273,6 +275,7 @@ impl ConnectionRow {
             service: service.as_deref().map(str::to_owned),
             tls: cipher.map(|_| "TLSv1.3".to_owned()),
             cipher: cipher.map(str::to_owned),
+            records: open.records().map(str::to_owned),
             bytes_sent,
             bytes_received,
             age_seconds: (open.age().as_secs_f64() * 1000.0).round() / 1000.0,

@@ -6,14 +6,16 @@
 //! close sends RST.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::tunnel::{self, Rejection, UNSENT, bound_receive};
 
+mod pipe;
 mod plain;
 mod tunnelled;
 mod watch;
 
+pub(crate) use pipe::Pipe;
 pub use plain::plain;
 pub use tunnelled::tunnelled;
 
@@ -22,6 +24,30 @@ pub use tunnelled::tunnelled;
 pub struct Progress {
     sent: AtomicU64,
     received: AtomicU64,
+    kernel_sends: AtomicBool,
+    kernel_receives: AtomicBool,
+}
+
+/// Which record layer carries a tunnel's bytes at this end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Records {
+    Userspace,
+    KernelSends,
+    KernelReceives,
+    Kernel,
+}
+
+impl Records {
+    pub const ALL: [Self; 4] = [Self::Userspace, Self::KernelSends, Self::KernelReceives, Self::Kernel];
+
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Userspace => "userspace",
+            Self::KernelSends => "kernel_sends",
+            Self::KernelReceives => "kernel_receives",
+            Self::Kernel => "kernel",
+        }
+    }
 }
 
 impl Progress {
@@ -33,6 +59,35 @@ impl Progress {
     /// From destination to source.
     pub fn received(&self) -> u64 {
         self.received.load(Ordering::Relaxed)
+    }
+
+    /// Counts an application's bytes that left for the tunnel. The application is the connection's source where the
+    /// tunnel's client is.
+    fn went_up(&self, at_client: bool, n: usize) {
+        if at_client { self.add_sent(n) } else { self.add_received(n) }
+    }
+
+    /// Counts bytes out of the tunnel that an application took.
+    fn went_down(&self, at_client: bool, n: usize) {
+        if at_client { self.add_received(n) } else { self.add_sent(n) }
+    }
+
+    /// Who carries the records, where there are any; a long stream may pass from userspace to the kernel.
+    pub fn records(&self) -> Records {
+        match (self.kernel_sends.load(Ordering::Relaxed), self.kernel_receives.load(Ordering::Relaxed)) {
+            (false, false) => Records::Userspace,
+            (true, false) => Records::KernelSends,
+            (false, true) => Records::KernelReceives,
+            (true, true) => Records::Kernel,
+        }
+    }
+
+    fn kernel_sends(&self) {
+        self.kernel_sends.store(true, Ordering::Relaxed);
+    }
+
+    fn kernel_receives(&self) {
+        self.kernel_receives.store(true, Ordering::Relaxed);
     }
 
     /// Raises both to what somebody else has counted.
@@ -88,12 +143,13 @@ pub enum End {
 pub struct Report {
     pub sent: u64,
     pub received: u64,
+    pub records: Records,
     pub end: End,
 }
 
 impl Report {
     fn new(progress: &Progress, end: End) -> Self {
-        Self { sent: progress.sent(), received: progress.received(), end }
+        Self { sent: progress.sent(), received: progress.received(), records: progress.records(), end }
     }
 }
 

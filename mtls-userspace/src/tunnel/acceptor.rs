@@ -93,6 +93,9 @@ impl ServerTunnel {
         let distrusted = |failure| Error::Distrusted { peer: peer.id().clone(), failure };
         let (tcp, codec) = self.stream.split();
         loop {
+            if codec.order.closed() {
+                return Ok(None);
+            }
             if !codec.order.settle() && !codec.order.outbound_ended() {
                 return Err(Error::Busy);
             }
@@ -101,6 +104,8 @@ impl ServerTunnel {
                     return peer.unfit().map_or(Ok(Some(open)), |failure| Err(distrusted(failure)));
                 }
                 Pulled::Closed => return Ok(None),
+                // A client that was refused meanwhile: what follows is no longer told apart from a next stream.
+                Pulled::Raw => return Ok(None),
                 Pulled::Fin => continue,
                 Pulled::Data | Pulled::Reject(_) => {}
             }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use super::frame::{MAX_DATA, MAX_OPEN};
 use super::record::{HEADER, MAX_RECORD, TRAILER};
 
-/// Room before the first slot for the control records that may have to go ahead of data: OPEN and KeyUpdate.
+/// Room before the first slot for the control records that may have to go ahead of data: OPEN, RAW and KeyUpdate.
 pub(crate) const HEADROOM: usize = 256;
 /// Where in a slot the application's bytes stand: after the record header and the frame type.
 pub(crate) const SLOT_DATA: usize = HEADER + 1;
@@ -26,7 +26,8 @@ const SMALL: usize = HEADROOM + SLOT + 64;
 const LARGE: usize = HEADROOM + SLOTS * SLOT + 64;
 
 const _: () = assert!(SMALL >= MAX_RECORD + HEADER);
-const _: () = assert!(HEADROOM >= (MAX_OPEN + HEADER + TRAILER) + (5 + HEADER + TRAILER));
+const _: () =
+    assert!(HEADROOM >= (MAX_OPEN + HEADER + TRAILER) + (5 + HEADER + TRAILER) + (1 + HEADER + TRAILER));
 
 /// Large buffers in use or kept, in the whole process: 64 MiB.
 const LARGE_LIMIT: usize = 256;

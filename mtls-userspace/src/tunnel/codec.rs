@@ -9,11 +9,17 @@ use rustls::{AlertDescription, ExtractedSecrets, SupportedCipherSuite};
 use tokio::net::TcpStream;
 
 use super::buffer::{Buffer, HEADROOM, SLOT_DATA, Size};
-use super::frame::{DATA, FIN, Frame, MAX_OPEN, MAX_REJECT, Open, Order, Rejection};
+use super::frame::{DATA, FIN, Frame, FrameError, MAX_OPEN, MAX_REJECT, Open, RAW, Rejection};
+use super::order::Order;
 use super::record::{ContentType, HEADER, Opener, Sealer, TRAILER, whole_record};
 use super::schedule::Schedule;
-use super::{Error, Violation, socket};
+use super::{Config, Error, Violation, socket};
 
+mod handover;
+
+/// The content of a close_notify alert, and of every other of the level that TLS 1.3 ignores.
+const CLOSE: [u8; 2] = [WARNING, CLOSE_NOTIFY];
+const WARNING: u8 = 1;
 const CLOSE_NOTIFY: u8 = 0;
 const USER_CANCELED: u8 = 90;
 pub(super) const NEW_SESSION_TICKET: u8 = 4;
@@ -63,17 +69,19 @@ impl Incoming {
         self.release_if_empty();
         loop {
             tcp.readable().await?;
-            match self.receive(tcp, Size::Small) {
+            match self.receive(tcp, Size::Small, usize::MAX) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.release_if_empty(),
                 other => return other,
             }
         }
     }
 
-    /// Receives what is there, into a buffer of the wanted size if one must be taken; moves what is unread to the
-    /// front first.
-    pub fn receive(&mut self, tcp: &TcpStream, size: Size) -> io::Result<usize> {
-        let n = socket::receive(tcp, self.room(size))?;
+    /// Receives what is there, at most `limit` bytes, into a buffer of the wanted size if one must be taken; moves what
+    /// is unread to the front first.
+    pub fn receive(&mut self, tcp: &TcpStream, size: Size, limit: usize) -> io::Result<usize> {
+        let room = self.room(size);
+        let limit = limit.min(room.len());
+        let n = socket::receive(tcp, &mut room[..limit])?;
         self.end += n;
         Ok(n)
     }
@@ -126,7 +134,9 @@ pub(crate) enum Pulled {
     Open(Open),
     Fin,
     Reject(Rejection),
-    /// The peer's close_notify.
+    /// The peer's direction is raw from here on; ours is owed the same.
+    Raw,
+    /// The peer's close_notify where it ends no direction.
     Closed,
 }
 
@@ -138,6 +148,12 @@ pub(crate) struct Codec {
     pub incoming: Incoming,
     /// The client's OPEN while it waits for the first bytes to travel with.
     open: Option<Box<Open>>,
+    /// Our direction becomes raw ahead of our next data.
+    raw_owed: bool,
+    /// Bytes after which this end asks for a raw stream; `u64::MAX` for never.
+    raw_after: u64,
+    /// Whether raw directions are to be handed to the kernel.
+    kernel: bool,
     /// The peer asked for our KeyUpdate before our next data.
     key_update_owed: bool,
     key_updates: u32,
@@ -151,9 +167,12 @@ impl Codec {
         secrets: ExtractedSecrets,
         schedule: Schedule,
         incoming: Incoming,
-        rekey_after: u64,
+        raw_agreed: bool,
+        config: &Config,
     ) -> Result<Self, Error> {
-        let order = Order::new(schedule.role());
+        let role = schedule.role();
+        let kernel = config.kernel.contains(&schedule.suite().suite());
+        let order = if raw_agreed { Order::with_raw(role) } else { Order::new(role) };
         Ok(Self {
             sealer: Sealer::new(secrets.tx.0, &secrets.tx.1)?,
             opener: Opener::new(secrets.rx.0, &secrets.rx.1)?,
@@ -161,9 +180,12 @@ impl Codec {
             order,
             incoming,
             open: None,
+            raw_owed: false,
+            raw_after: config.raw_after.unwrap_or(u64::MAX),
+            kernel,
             key_update_owed: false,
             key_updates: 0,
-            rekey_after,
+            rekey_after: config.rekey_after,
             handshake: Vec::new(),
         })
     }
@@ -178,16 +200,38 @@ impl Codec {
         self.open = Some(Box::new(open));
     }
 
-    pub fn open_unsent(&self) -> bool {
-        self.open.is_some()
+    /// Whether something waits that must be sent though there may be no data to travel with.
+    pub fn head_unsent(&self) -> bool {
+        self.open.is_some() || self.raw_owed
     }
 
-    /// Seals what must go ahead of data (an OPEN, a KeyUpdate) so that it ends where `headroom` ends; returns where
-    /// it starts. Usually that is the end: nothing.
+    /// Makes our direction raw if the stream has moved so many bytes that it is worth it.
+    pub fn moved(&mut self, bytes: u64) {
+        self.raw_owed |= bytes >= self.raw_after && self.order.may_go_raw();
+    }
+
+    /// A RAW waits to be sent.
+    pub fn raw_owed(&self) -> bool {
+        self.raw_owed
+    }
+
+    /// Where in a slot the next data stand: a raw record has no frame type.
+    pub fn data_at(&self) -> usize {
+        if self.raw_owed || self.order.outbound_raw() { HEADER } else { SLOT_DATA }
+    }
+
+    /// Records under one key before a KeyUpdate. A raw direction may be the peer's kernel's to open, which takes no
+    /// second key before Linux 6.14, so there it waits longer; twice the default is half of what AES-GCM allows.
+    fn rekey_after(&self) -> u64 {
+        if self.order.outbound_raw() { self.rekey_after.saturating_mul(2) } else { self.rekey_after }
+    }
+
+    /// Seals what must go ahead of data (an OPEN, a RAW, a KeyUpdate) so that it ends where `headroom` ends; returns
+    /// where it starts. Usually that is the end: nothing.
     pub fn seal_head(&mut self, headroom: &mut [u8]) -> Result<usize, Error> {
         let end = headroom.len();
-        let rekey = self.key_update_owed || self.sealer.sequence() >= self.rekey_after;
-        if self.open.is_none() && !rekey {
+        let rekey = self.key_update_owed || self.sealer.sequence() >= self.rekey_after();
+        if !self.head_unsent() && !rekey {
             return Ok(end);
         }
         let mut scratch = [0; HEADROOM];
@@ -206,13 +250,22 @@ impl Codec {
             record[HEADER..HEADER + n].copy_from_slice(&frame[..n]);
             at += self.sealer.seal(record, n, ContentType::ApplicationData)?;
         }
+        if std::mem::take(&mut self.raw_owed) {
+            let record = &mut scratch[at..];
+            record[HEADER] = RAW;
+            at += self.sealer.seal(record, 1, ContentType::ApplicationData)?;
+            self.order.sent_raw();
+        }
         let start = end.checked_sub(at).ok_or(Violation::Headroom)?;
         headroom[start..].copy_from_slice(&scratch[..at]);
         Ok(start)
     }
 
-    /// Seals the `length` application bytes that stand at `slot[SLOT_DATA..]`; returns the record's length.
+    /// Seals the `length` application bytes that stand at `slot[data_at()..]`; returns the record's length.
     pub fn seal_data(&mut self, slot: &mut [u8], length: usize) -> Result<usize, Error> {
+        if self.order.outbound_raw() {
+            return Ok(self.sealer.seal(slot, length, ContentType::ApplicationData)?);
+        }
         if let Some(kind) = slot.get_mut(SLOT_DATA - 1) {
             *kind = DATA;
         }
@@ -220,13 +273,19 @@ impl Codec {
         Ok(self.sealer.seal(slot, length + 1, ContentType::ApplicationData)?)
     }
 
-    /// Seals our FIN at the head of `slot`; returns the record's length.
-    pub fn seal_fin(&mut self, slot: &mut [u8]) -> Result<usize, Error> {
-        if let Some(kind) = slot.get_mut(HEADER) {
-            *kind = FIN;
+    /// Seals the end of our direction at the head of `slot`, a FIN or, where it is raw, a close_notify; returns the
+    /// record's length.
+    pub fn seal_end(&mut self, slot: &mut [u8]) -> Result<usize, Error> {
+        let (content, kind): (&[u8], _) = if self.order.outbound_raw() {
+            (&CLOSE, ContentType::Alert)
+        } else {
+            (&[FIN], ContentType::ApplicationData)
+        };
+        if let Some(room) = slot.get_mut(HEADER..HEADER + content.len()) {
+            room.copy_from_slice(content);
         }
         self.order.sent_end();
-        Ok(self.sealer.seal(slot, 1, ContentType::ApplicationData)?)
+        Ok(self.sealer.seal(slot, content.len(), kind)?)
     }
 
     /// Seals a REJECT in place of an answer.
@@ -242,7 +301,6 @@ impl Codec {
 
     pub fn seal_alert(&mut self, description: u8) -> Result<([u8; HEADER + 2 + TRAILER], usize), Error> {
         const FATAL: u8 = 2;
-        const WARNING: u8 = 1;
         let mut record = [0; HEADER + 2 + TRAILER];
         record[HEADER] = if description == CLOSE_NOTIFY { WARNING } else { FATAL };
         record[HEADER + 1] = description;
@@ -273,6 +331,14 @@ impl Codec {
                 ContentType::ApplicationData if !self.handshake.is_empty() => {
                     return Err(Violation::Interleaved.into());
                 }
+                ContentType::ApplicationData if self.order.inbound_raw() => {
+                    // The kernel's records are never empty, and a peer's that are would cost time and move nothing.
+                    if plain.is_empty() {
+                        return Err(FrameError::Empty.into());
+                    }
+                    self.key_updates = 0;
+                    ranges.push(((at + range.start) as u32, plain.len() as u32));
+                }
                 ContentType::ApplicationData => {
                     let frame = Frame::decode(plain).map_err(Violation::Frame)?;
                     self.order.received(&frame).map_err(Violation::Frame)?;
@@ -284,25 +350,18 @@ impl Codec {
                         Frame::Open(open) => return Ok(Pulled::Open(open)),
                         Frame::Fin => return Ok(Pulled::Fin),
                         Frame::Reject(rejection) => return Ok(Pulled::Reject(rejection)),
+                        Frame::Raw => {
+                            self.raw_owed |= self.order.may_go_raw();
+                            return Ok(Pulled::Raw);
+                        }
                     }
                 }
-                ContentType::Alert => match *plain {
-                    [_, CLOSE_NOTIFY] => return Ok(Pulled::Closed),
-                    [_, USER_CANCELED] => {}
-                    [_, description] => {
-                        return Err(Error::Refused { alert: AlertDescription::from(description) });
-                    }
-                    _ => return Err(Violation::Alert.into()),
+                ContentType::Alert => match alert(plain, &mut self.order)? {
+                    Pulled::Data => {}
+                    end => return Ok(end),
                 },
                 ContentType::Handshake => {
-                    let whole = if self.handshake.is_empty() {
-                        post_handshake(plain, &mut self.schedule, &mut self.handshake)?
-                    } else {
-                        let mut gathered = std::mem::take(&mut self.handshake);
-                        gathered.extend_from_slice(plain);
-                        post_handshake(&gathered, &mut self.schedule, &mut self.handshake)?
-                    };
-                    if let Some(requested) = whole {
+                    if let Some(requested) = gather(plain, &mut self.schedule, &mut self.handshake)? {
                         self.key_updates += 1;
                         if self.key_updates > MAX_KEY_UPDATES {
                             return Err(Violation::KeyUpdates.into());
@@ -315,6 +374,26 @@ impl Codec {
         }
         Ok(Pulled::Data)
     }
+}
+
+/// What a peer's alert means.
+fn alert(content: &[u8], order: &mut Order) -> Result<Pulled, Error> {
+    match *content {
+        [_, CLOSE_NOTIFY] => Ok(if order.received_close() { Pulled::Fin } else { Pulled::Closed }),
+        [_, USER_CANCELED] => Ok(Pulled::Data),
+        [_, description] => Err(Error::Refused { alert: AlertDescription::from(description) }),
+        _ => Err(Violation::Alert.into()),
+    }
+}
+
+/// Handles what a handshake record holds together with what an earlier one left in `rest`.
+fn gather(plain: &[u8], schedule: &mut Schedule, rest: &mut Vec<u8>) -> Result<Option<bool>, Error> {
+    if rest.is_empty() {
+        return post_handshake(plain, schedule, rest);
+    }
+    let mut gathered = std::mem::take(rest);
+    gathered.extend_from_slice(plain);
+    post_handshake(&gathered, schedule, rest)
 }
 
 /// Handles the post-handshake messages in `bytes`; keeps an unfinished one in `rest`. Returns whether a KeyUpdate

@@ -43,6 +43,7 @@ async fn ends() -> (Codec, Codec) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let (far, _) = listener.accept().await.unwrap();
+    let config = Config::default();
     let (client, server) = tokio::join!(
         handshake::client(&near, &client, &for_client, &config),
         handshake::server(&far, &server, &for_server, &config),

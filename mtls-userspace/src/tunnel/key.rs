@@ -35,10 +35,10 @@ pub(super) struct Key {
     id: u64,
     algorithm: &'static Algorithm,
     secret: Zeroizing<[u8; 32]>,
-    iv: [u8; 12],
+    pub iv: [u8; 12],
     pub sequence: u64,
     /// Records that may pass under one key (RFC 8446, 5.5).
-    limit: u64,
+    pub limit: u64,
 }
 
 impl Key {
@@ -84,8 +84,16 @@ impl Key {
         })
     }
 
+    pub fn algorithm(&self) -> &'static Algorithm {
+        self.algorithm
+    }
+
+    pub fn secret(&self) -> &[u8] {
+        self.secret.get(..self.algorithm.key_len()).unwrap_or_default()
+    }
+
     fn expand(&self) -> Result<LessSafeKey, RecordError> {
-        let secret = self.secret.get(..self.algorithm.key_len()).ok_or(RecordError::UnusableKey)?;
+        let secret = self.secret();
         let unbound = UnboundKey::new(self.algorithm, secret).map_err(|_| RecordError::UnusableKey)?;
         Ok(LessSafeKey::new(unbound))
     }

@@ -14,7 +14,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use rustls::AlertDescription;
+use rustls::{AlertDescription, CipherSuite};
 use rustls_pki_types::CertificateDer;
 
 use crate::identity::{Identity, SpiffeId};
@@ -28,7 +28,9 @@ mod connector;
 mod frame;
 mod gate;
 mod handshake;
+mod kernel;
 mod key;
+mod order;
 mod peers;
 mod pool;
 mod record;
@@ -41,18 +43,20 @@ mod verify;
 pub use acceptor::{Acceptor, Request, ServerTunnel};
 pub use connector::{Connector, Target};
 pub use frame::{
-    Frame, FrameError, MAX_DETAIL, MAX_OPEN, MAX_REJECT, MAX_TRACE, Open, Order, RejectReason, Rejection,
-    Role,
+    Frame, FrameError, MAX_DETAIL, MAX_OPEN, MAX_REJECT, MAX_TRACE, Open, RejectReason, Rejection,
 };
+pub use kernel::RecordCost;
+pub use order::{Order, Role};
 pub use peers::{Peer, Peers};
 pub use record::{ContentType, Opener, RecordError, Sealer, whole_record};
 pub use stream::Stream;
 pub use tls::TlsConfigs;
 pub use verify::HandshakeFailure;
 
-pub(crate) use buffer::{Buffer, HEADROOM, SLOT, SLOT_DATA, SLOTS, Size};
+pub(crate) use buffer::{Buffer, HEADROOM, SLOT, SLOTS, Size};
 pub(crate) use codec::{Codec, MAX_RANGES, Pulled};
 pub(crate) use frame::MAX_DATA;
+pub(crate) use record::TRAILER as RECORD_END;
 pub(crate) use socket::{
     UNSENT, bound_receive, failed, finish_on_close, receive, receive_vectored, reset_on_close, send,
     send_vectored,
@@ -85,6 +89,10 @@ pub struct Config {
     pub idle_total: usize,
     /// Records under one key before a KeyUpdate; AES-GCM is safe to 2^24.
     pub rekey_after: u64,
+    /// Bytes moved on a stream after which this end makes it raw; `None` leaves that to the peer.
+    pub raw_after: Option<u64>,
+    /// Suites whose records are handed to the kernel on raw streams. Where that fails, userspace goes on.
+    pub kernel: Vec<CipherSuite>,
     /// What was built for each identity version.
     pub tls: TlsConfigs,
     /// Whom the open tunnels lead to.
@@ -136,6 +144,8 @@ impl Default for Config {
             idle_per_destination: 64,
             idle_total: 1024,
             rekey_after: 1 << 22,
+            raw_after: None,
+            kernel: Vec::new(),
             tls: TlsConfigs::default(),
             peers: Peers::default(),
         }
@@ -200,6 +210,12 @@ pub enum Error {
 
     #[error("the trust bundle of {id} holds a root that is no certificate: {source}")]
     Bundle { id: SpiffeId, source: webpki::Error },
+
+    #[error(
+        "the peer changed its key, or asked for ours, while the kernel carries the records, which takes no second key; \
+         `--kernel-tls off` keeps them in userspace"
+    )]
+    KeyInKernel,
 
     #[error("the tunnel's connection failed: {0}")]
     Io(#[from] io::Error),

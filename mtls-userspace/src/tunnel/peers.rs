@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 
 use crate::identity::{Identity, SpiffeId, TrustBundle};
 
-use super::frame::Role;
+use super::order::Role;
 use super::pool::Pool;
 use super::verify::{Expected, HandshakeFailure, Subject, Verifier};
 

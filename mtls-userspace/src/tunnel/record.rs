@@ -65,6 +65,10 @@ impl Sealer {
         Ok(Self { key: Key::new(sequence, secrets)? })
     }
 
+    pub(super) fn key(&self) -> &Key {
+        &self.key
+    }
+
     /// Records sealed under the current key.
     pub fn sequence(&self) -> u64 {
         self.key.sequence
@@ -109,6 +113,10 @@ pub struct Opener {
 impl Opener {
     pub fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, RecordError> {
         Ok(Self { key: Key::new(sequence, secrets)? })
+    }
+
+    pub(super) fn key(&self) -> &Key {
+        &self.key
     }
 
     /// Authenticates and decrypts one whole record (as [`whole_record`] measured it) in place; returns what it

@@ -16,7 +16,7 @@ use rustls::{CipherSuite, ConnectionTrafficSecrets, KeyLog, SupportedCipherSuite
 use zeroize::{Zeroize, Zeroizing};
 
 use super::codec::NEW_SESSION_TICKET;
-use super::frame::Role;
+use super::order::Role;
 use super::record::{Opener, RecordError, Sealer};
 use super::{Error, Violation};
 

@@ -98,6 +98,7 @@ impl Drop for Stream {
         }
         let settled = session.codec.order.settle();
         match self.home.take() {
+            _ if session.codec.order.closed() => {}
             _ if !settled => socket::reset_on_close(&session.tcp),
             Some(home) => home.put(session),
             None => {}

@@ -21,6 +21,8 @@ use super::schedule::Ear;
 use super::verify::Verifier;
 
 pub(crate) const ALPN: &[u8] = b"mtls/1";
+/// As `mtls/1`, and a stream may become raw.
+pub(crate) const ALPN_RAW: &[u8] = b"mtls/1.1";
 /// Destinations whose sessions one identity remembers.
 const SESSIONS: usize = 1024;
 
@@ -57,7 +59,7 @@ impl Configs {
             .dangerous()
             .with_custom_certificate_verifier(verifier.clone())
             .with_client_cert_resolver(certified.clone());
-        client.alpn_protocols = vec![ALPN.to_vec()];
+        client.alpn_protocols = vec![ALPN_RAW.to_vec(), ALPN.to_vec()];
         client.enable_sni = false;
         client.enable_secret_extraction = true;
         client.key_log = Arc::new(Ear);
@@ -68,7 +70,7 @@ impl Configs {
             .map_err(unusable)?
             .with_client_cert_verifier(verifier.clone())
             .with_cert_resolver(certified);
-        server.alpn_protocols = vec![ALPN.to_vec()];
+        server.alpn_protocols = vec![ALPN_RAW.to_vec(), ALPN.to_vec()];
         server.enable_secret_extraction = true;
         server.key_log = Arc::new(Ear);
         server.ticketer = aws_lc_rs::Ticketer::new().map_err(unusable)?;

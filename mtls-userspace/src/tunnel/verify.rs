@@ -20,7 +20,7 @@ use webpki::{EndEntityCert, KeyUsage};
 
 use crate::identity::{Certificate, Revocations, SpiffeId, TrustBundle, TrustDomain};
 
-use super::frame::Role;
+use super::order::Role;
 
 /// Why a handshake produced no authenticated peer, for both ends: the refused side learns it from the alert.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -1,15 +1,17 @@
 //! The authority in a cluster: where it is kept, who may call it, and where its roots are found.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use mtls::ca::{Callers, InForce, Proof, Secret, ServiceAccounts, Unidentified, published_in, reviewed_by};
+use mtls::identity::{Config, Identities, Signer, SpiffeId};
 use mtls::mesh::{Scope, Source};
 use mtls_tests::kubernetes::{Rule, User};
 use serde_json::{Value, json};
 
-use crate::cluster::{World, namespace, pod, settings, with};
+use crate::cluster::{World, namespace, pod, settings, soon, with};
 
 /// What the authority's Role grants, and not a verb more.
 fn rules() -> Vec<Rule> {
@@ -238,4 +240,90 @@ async fn a_token_of_an_older_kubernetes_is_its_pods_nodes() {
         matches!(&refused, Err(Unidentified::Refused { reason }) if reason.contains("on no node")),
         "{refused:?}"
     );
+}
+
+/// Signs with an authority of its own whatever is approved, as a controller would.
+struct Controller {
+    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
+    root: String,
+}
+
+impl Controller {
+    fn new() -> Self {
+        let mut params = rcgen::CertificateParams::default();
+        params.distinguished_name.push(rcgen::DnType::CommonName, "the cluster's signer");
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let key = rcgen::KeyPair::generate().unwrap();
+        let root = params.self_signed(&key).unwrap().pem();
+        Self { issuer: rcgen::Issuer::new(params, key), root }
+    }
+
+    /// Waits for a request, and answers it.
+    async fn answer(&self, world: &World, sign: bool) -> Value {
+        let mut found = None;
+        soon("a signing request", || {
+            found = world.api.list("certificatesigningrequests.certificates.k8s.io").pop();
+            found.is_some()
+        })
+        .await;
+        let mut request = found.unwrap();
+        request["status"] = if sign {
+            let pem = STANDARD.decode(request["spec"]["request"].as_str().unwrap()).unwrap();
+            let asked = rcgen::CertificateSigningRequestParams::from_pem(std::str::from_utf8(&pem).unwrap());
+            let certificate = asked.unwrap().signed_by(&self.issuer).unwrap().pem();
+            json!({ "conditions": [{ "type": "Approved", "status": "True" }],
+            "certificate": STANDARD.encode(certificate) })
+        } else {
+            json!({ "conditions": [{ "type": "Denied", "status": "True", "message": "not on my watch" }] })
+        };
+        world.api.apply(&request).unwrap()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_signs_for_the_cluster_signs_for_workloads_too() {
+    let world = World::new();
+    let controller = Controller::new();
+    let root_file = world.dir.path().join("root.pem");
+    std::fs::write(&root_file, &controller.root).unwrap();
+    let csrs = "certificatesigningrequests.certificates.k8s.io";
+    let agent = world.access(AGENT, vec![Rule::new(&["create", "get", "delete"], csrs)]).await;
+    let signer = Signer::new(&agent, "example.org/mesh".into(), root_file);
+    let identities = Identities::new(Arc::new(signer), Config::default());
+    let id: SpiffeId = "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap();
+    identities.want([id.clone()].into());
+    let running = tokio::spawn(identities.clone().run(std::future::pending()));
+
+    let denied = controller.answer(&world, false).await;
+    assert_eq!(denied["spec"]["signerName"], "example.org/mesh");
+    assert_eq!(denied["spec"]["usages"], json!(["digital signature", "client auth", "server auth"]));
+    assert_eq!(
+        (&denied["spec"]["username"], &denied["spec"]["expirationSeconds"]),
+        (&json!(AGENT), &json!(86400))
+    );
+    let told = || {
+        identities.status()[0].last_error.clone().is_some_and(|it| it.contains("is Denied: not on my watch"))
+    };
+    soon("the denial", told).await;
+    let gone = || !world.api.list(csrs).iter().any(|it| it["metadata"]["name"] == denied["metadata"]["name"]);
+    soon("the denied request gone", gone).await;
+    assert!(identities.current(&id).is_none());
+
+    controller.answer(&world, true).await;
+    let identity = identities.ready(&id, Duration::from_secs(10)).await.unwrap();
+    assert_eq!((identity.svid.chain.len(), identity.bundle.roots.len()), (1, 1));
+    soon("the answered request gone", || world.api.list(csrs).is_empty()).await;
+    running.abort();
+
+    // What another authority signed is not used, whoever put it there.
+    let other = Signer::new(&agent, "example.org/mesh".into(), world.dir.path().join("other.pem"));
+    std::fs::write(world.dir.path().join("other.pem"), Controller::new().root).unwrap();
+    let identities = Identities::new(Arc::new(other), Config::default());
+    identities.want([id.clone()].into());
+    let running = tokio::spawn(identities.clone().run(std::future::pending()));
+    controller.answer(&world, true).await;
+    let told =
+        || identities.status()[0].last_error.clone().is_some_and(|it| it.contains("chain leads to no root"));
+    soon("the refusal", told).await;
+    running.abort();
 }

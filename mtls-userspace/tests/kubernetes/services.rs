@@ -24,7 +24,8 @@ fn set(all: &[&str]) -> BTreeSet<String> {
 }
 
 fn web(spec: Value) -> Value {
-    let mut all = json!({ "clusterIP": "10.96.0.1", "clusterIPs": ["10.96.0.1"], "ports": [{ "port": 80, "targetPort": "http" }] });
+    let mut all = json!({ "clusterIP": "10.96.0.1", "clusterIPs": ["10.96.0.1"], "ports": [{ "port": 80,
+    "targetPort": "http" }] });
     all.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
     service("web", all)
 }
@@ -123,7 +124,10 @@ async fn each_family_leads_to_its_own() {
 #[tokio::test(flavor = "multi_thread")]
 async fn traffic_prefers_the_same_node_or_zone_where_the_service_says_so() {
     let world = World::new();
-    let node = |name: &str, zone: &str| json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": name, "labels": { "topology.kubernetes.io/zone": zone } } });
+    let node = |name: &str, zone: &str| {
+        json!({ "apiVersion": "v1", "kind": "Node", "metadata": { "name": name,
+    "labels": { "topology.kubernetes.io/zone": zone } } })
+    };
     world
         .api
         .apply_all(&[node("node-a", "z1"), node("node-b", "z1"), node("node-c", "z2"), node("node-d", "z3")])

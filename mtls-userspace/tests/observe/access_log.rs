@@ -51,6 +51,7 @@ fn a_json_line_says_who_spoke_to_whom_and_how_it_ended() {
         "destination_identity": "spiffe://cluster.local/ns/data/sa/db",
         "service": "data/postgres",
         "cipher": CIPHER,
+        "records": "userspace",
         "bytes_sent": 1000,
         "bytes_received": 7,
         "duration_ms": null,
@@ -71,8 +72,8 @@ fn a_text_line_has_the_same_fields_and_a_dash_for_what_is_not_known() {
         line,
         "direction=inbound path=plaintext source_address=192.0.2.7:5000 source_workload=- source_identity=- \
          destination_address=10.0.2.3:5432 original_destination=- destination_workload=data/db-0 \
-         destination_identity=- service=- cipher=- bytes_sent=0 bytes_received=0 duration_ms=0 ending=refused \
-         reason=\"plaintext to a STRICT port\""
+         destination_identity=- service=- cipher=- records=- bytes_sent=0 bytes_received=0 duration_ms=0 \
+         ending=refused reason=\"plaintext to a STRICT port\""
     );
 }
 

@@ -4,16 +4,19 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use mtls::identity::Identity;
+use mtls::tunnel::{ContentType, Sealer};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
 use rustls::version::TLS13;
-use rustls::{ClientConfig, DigitallySignedStruct, ServerConfig, SignatureScheme};
+use rustls::{ClientConfig, DigitallySignedStruct, ServerConfig, SignatureScheme, SupportedCipherSuite};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client, server};
 
 pub const DATA: u8 = 2;
 pub const FIN: u8 = 3;
+pub const RAW: u8 = 5;
 
 /// An OPEN frame for an IPv4 destination, written out by hand.
 pub fn open_frame(destination: SocketAddr) -> Vec<u8> {
@@ -71,10 +74,10 @@ impl ServerCertVerifier for Credulous {
     }
 }
 
-fn provider(chacha: bool) -> CryptoProvider {
+fn provider(suite: Option<SupportedCipherSuite>) -> CryptoProvider {
     let mut provider = aws_lc_rs::default_provider();
-    if chacha {
-        provider.cipher_suites = vec![aws_lc_rs::cipher_suite::TLS13_CHACHA20_POLY1305_SHA256];
+    if let Some(suite) = suite {
+        provider.cipher_suites = vec![suite];
     }
     provider
 }
@@ -84,7 +87,10 @@ fn provider(chacha: bool) -> CryptoProvider {
 pub struct Manners {
     pub anonymous: bool,
     pub no_alpn: bool,
-    pub chacha: bool,
+    /// The one suite it offers, if not all.
+    pub suite: Option<SupportedCipherSuite>,
+    /// Speaks `mtls/1.1`, which has RAW.
+    pub raw: bool,
 }
 
 pub async fn client(
@@ -92,7 +98,7 @@ pub async fn client(
     identity: &Arc<Identity>,
     manners: Manners,
 ) -> std::io::Result<client::TlsStream<TcpStream>> {
-    let provider = provider(manners.chacha);
+    let provider = provider(manners.suite);
     let builder = ClientConfig::builder_with_provider(Arc::new(provider.clone()))
         .with_protocol_versions(&[&TLS13])
         .unwrap()
@@ -105,12 +111,44 @@ pub async fn client(
         builder.with_client_auth_cert(identity.svid.chain.clone(), key).unwrap()
     };
     if !manners.no_alpn {
-        config.alpn_protocols = vec![b"mtls/1".to_vec()];
+        let protocol: &[u8] = if manners.raw { b"mtls/1.1" } else { b"mtls/1" };
+        config.alpn_protocols = vec![protocol.to_vec()];
     }
+    config.enable_secret_extraction = true;
     let tcp = TcpStream::connect(address).await?;
     tcp.set_nodelay(true)?;
     let name = ServerName::IpAddress(address.ip().into());
     TlsConnector::from(Arc::new(config)).connect(name, tcp).await
+}
+
+/// A client that took its session out of rustls and seals its records by hand, of any type and in any pieces.
+pub struct ByHand {
+    pub tcp: TcpStream,
+    sealer: Sealer,
+}
+
+impl ByHand {
+    pub async fn client(address: SocketAddr, identity: &Arc<Identity>, manners: Manners) -> Self {
+        let (tcp, connection) = client(address, identity, manners).await.unwrap().into_inner();
+        let secrets = connection.dangerous_extract_secrets().unwrap();
+        Self { tcp, sealer: Sealer::new(secrets.tx.0, &secrets.tx.1).unwrap() }
+    }
+
+    pub fn record(&mut self, kind: ContentType, content: &[u8]) -> Vec<u8> {
+        let mut record = vec![0; 5 + content.len() + 17];
+        record[5..5 + content.len()].copy_from_slice(content);
+        self.sealer.seal(&mut record, content.len(), kind).unwrap();
+        record
+    }
+
+    pub async fn say(&mut self, kind: ContentType, content: &[u8]) {
+        let record = self.record(kind, content);
+        self.tcp.write_all(&record).await.unwrap();
+    }
+
+    pub async fn say_data(&mut self, content: &[u8]) {
+        self.say(ContentType::ApplicationData, content).await;
+    }
 }
 
 /// A foreign server's side of an accepted connection; asks for no client certificate.
@@ -119,7 +157,7 @@ pub async fn server(
     identity: &Arc<Identity>,
 ) -> std::io::Result<server::TlsStream<TcpStream>> {
     let key = PrivateKeyDer::Pkcs8(identity.svid.key.clone_key());
-    let mut config = ServerConfig::builder_with_provider(Arc::new(provider(false)))
+    let mut config = ServerConfig::builder_with_provider(Arc::new(provider(None)))
         .with_protocol_versions(&[&TLS13])
         .unwrap()
         .with_no_client_auth()

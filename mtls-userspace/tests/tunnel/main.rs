@@ -4,6 +4,8 @@
 
 mod foreign;
 mod interop;
+mod raw;
+mod raw_peers;
 mod refusals;
 mod resets;
 mod reuse;

@@ -14,13 +14,13 @@ async fn agents() -> Agents {
     Agents::start(ca.identity(CLIENT), ca.identity(SERVER)).await
 }
 
-fn reset(socket: TcpStream) {
+pub fn reset(socket: TcpStream) {
     socket.set_zero_linger().unwrap();
     drop(socket);
 }
 
 /// Reads to the end; the end must be a reset.
-async fn must_be_reset(socket: &mut TcpStream) -> usize {
+pub async fn must_be_reset(socket: &mut TcpStream) -> usize {
     let mut got = 0;
     let mut buffer = vec![0; 1 << 16];
     loop {

@@ -93,13 +93,13 @@ async fn a_gibibyte_of_random_writes_arrives_unchanged_both_ways() {
 }
 
 /// The bytes both ends know: a block of noise, read in a circle from a random start.
-fn noise(seed: u64) -> Vec<u8> {
+pub fn noise(seed: u64) -> Vec<u8> {
     let mut block = vec![0; 1 << 20];
     SmallRng::seed_from_u64(seed).fill_bytes(&mut block);
     block
 }
 
-async fn write_random(mut to: impl tokio::io::AsyncWrite + Unpin, seed: u64, total: usize) {
+pub async fn write_random(mut to: impl tokio::io::AsyncWrite + Unpin, seed: u64, total: usize) {
     let block = noise(seed);
     let mut sizes = SmallRng::seed_from_u64(seed ^ 99);
     let mut sent = 0;
@@ -113,7 +113,7 @@ async fn write_random(mut to: impl tokio::io::AsyncWrite + Unpin, seed: u64, tot
     to.shutdown().await.unwrap();
 }
 
-async fn read_random(mut from: impl tokio::io::AsyncRead + Unpin, seed: u64, total: usize) {
+pub async fn read_random(mut from: impl tokio::io::AsyncRead + Unpin, seed: u64, total: usize) {
     let block = noise(seed);
     let mut buffer = vec![0; 1 << 18];
     let mut got = 0;

@@ -3,11 +3,13 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use mtls_fuzz::tunnel::frame::{Frame, MAX_OPEN, MAX_REJECT, Order, Role};
+use mtls_fuzz::tunnel::frame::{Frame, MAX_OPEN, MAX_REJECT};
+use mtls_fuzz::tunnel::order::{Order, Role};
 
 fuzz_target!(|input: &[u8]| {
     let Some((&first, mut rest)) = input.split_first() else { return };
-    let mut order = Order::new(if first & 1 == 0 { Role::Client } else { Role::Server });
+    let role = if first & 1 == 0 { Role::Client } else { Role::Server };
+    let mut order = if first & 2 == 0 { Order::new(role) } else { Order::with_raw(role) };
     if first & 1 == 0 {
         order.opened();
     }
@@ -30,10 +32,12 @@ fuzz_target!(|input: &[u8]| {
                 assert_eq!(&out[..n], content);
             }
             Frame::Data(data) => assert_eq!(*data, &content[1..]),
-            Frame::Fin => {}
+            Frame::Fin | Frame::Raw => {}
         }
+        let was_raw = order.inbound_raw();
         let accepted = order.received(&frame).is_ok();
         assert!(!(ended && accepted), "{} after the end", frame.name());
+        assert!(!(was_raw && accepted), "{} after RAW", frame.name());
         ended |= accepted && matches!(frame, Frame::Fin | Frame::Reject(_));
         assert_eq!(order.inbound_ended(), ended);
     }

@@ -8,5 +8,6 @@ pub mod addr;
 pub mod tunnel {
     pub mod frame;
     mod key;
+    pub mod order;
     pub mod record;
 }

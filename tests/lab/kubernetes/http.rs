@@ -171,7 +171,8 @@ fn list(target: &Target, query: &HashMap<String, String>, shared: &Shared) -> Re
         Some(token) => store.next_page(token, limit).ok_or_else(|| {
             let message = "The provided continue parameter is too old to display a consistent list result. You must \
                            start a new list without the continue parameter.";
-            json!({ "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 410, "reason": "Expired", "message": message })
+            json!({ "kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 410, "reason": "Expired",
+            "message": message })
         })?,
         None => store.list(target.kind, limit, wanted),
     };

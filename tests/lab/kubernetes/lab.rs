@@ -60,7 +60,8 @@ pub(crate) fn kubeconfig(dir: &Path, part: &str) -> PathBuf {
 
 /// Does what kubelet does with a mounted ConfigMap: the file is what the object says, once it is there.
 pub(crate) fn mount_roots(lab: &Lab, file: &Path) {
-    let map = json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "mtls-ca-root", "namespace": NAMESPACE } });
+    let map = json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "mtls-ca-root",
+    "namespace": NAMESPACE } });
     let found = lab.api_server().ok().and_then(|api| api.get(&map));
     if let Some(pem) = found.as_ref().and_then(|map| map["data"]["root-cert.pem"].as_str())
         && std::fs::read_to_string(file).ok().as_deref() != Some(pem)

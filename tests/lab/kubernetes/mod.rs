@@ -127,7 +127,8 @@ impl ApiServer {
                 "server": self.url(), "certificate-authority-data": STANDARD.encode(&self.ca),
             } }],
             "users": [{ "name": "test", "user": { "token": token } }],
-            "contexts": [{ "name": "test", "context": { "cluster": "test", "user": "test", "namespace": "mtls-system" } }],
+            "contexts": [{ "name": "test", "context": { "cluster": "test", "user": "test",
+            "namespace": "mtls-system" } }],
         });
         std::fs::write(path, config.to_string()).with_context(|| format!("write {}", path.display()))?;
         Ok(path.into())

@@ -46,7 +46,8 @@ impl Watch {
                 (store.revision(), store.since(self.kind, at))
             };
             let Some(changes) = changes else {
-                let gone = json!({ "type": "ERROR", "object": super::http::gone(&format!("too old resource version: {at}")) });
+                let gone = json!({ "type": "ERROR",
+                "object": super::http::gone(&format!("too old resource version: {at}")) });
                 let _ = lines.send(format!("{gone}\n").into()).await;
                 return;
             };

@@ -51,7 +51,7 @@ impl Vm {
             Some(program) => {
                 let name = program.file_name().context("--run names no file")?.to_string_lossy();
                 let command = [&[format!("/bin/{name}")], &self.args[..]].concat();
-                (command, [&[program.clone()], &self.add[..]].concat())
+                (command, std::iter::once(program).chain(&self.add).cloned().collect())
             }
             None => (vec!["/bin/lab-guest".into(), "test".into()], Vec::new()),
         };

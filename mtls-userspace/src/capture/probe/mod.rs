@@ -5,7 +5,6 @@
 //! the root for that moment lets every other process's connections pass, because the maps name only the place's
 //! namespace. Nothing stays: the place ends with the process, and its cgroup with the next attempt at the latest.
 
-mod network;
 mod place;
 mod trial;
 

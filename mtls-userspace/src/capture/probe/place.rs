@@ -10,10 +10,10 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 
 use super::Obstacle;
-use super::network;
 use crate::capture::error::Error;
 use crate::capture::netns::Netns;
 use crate::capture::{preflight, sys};
+use crate::rtnetlink;
 
 const PREFIX: &str = "mtls-probe-";
 
@@ -48,7 +48,7 @@ impl Scratch {
         let open = open.map_err(|error| Obstacle::of(error).during("making a network namespace"))?;
         let netns_path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&open)));
         let netns = Netns::open(&netns_path)?;
-        netns.within(network::loopback_up)??;
+        netns.within(rtnetlink::loopback_up)??;
         let (bpffs, mounted) = match private_bpffs() {
             Ok(path) => (path, true),
             // A container may be forbidden to mount; then beside what an agent pins.

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockRef, Socket, Type};
 
-use super::network;
 use super::place::Scratch;
 use super::{Obstacle, Part, Report};
 use crate::addr::OriginalSrc;
 use crate::capture::{Capture, Config, Enrolled, Enrolment, EventKind, LocalPod};
 use crate::policy::{Mode, PortModes};
+use crate::rtnetlink;
 
 /// The pod's addresses, those of somebody else in its namespace, and destinations nobody has: all from ranges that are
 /// for documentation.
@@ -81,7 +81,7 @@ impl<'a> Trial<'a> {
         let usual = scratch.netns.within(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))??;
         let usual_congestion = SockRef::from(&usual).tcp_congestion()?;
         let congestion = if usual_congestion.starts_with(b"reno") { "cubic" } else { "reno" };
-        scratch.netns.within(|| network::add_address(POD[0]))??;
+        scratch.netns.within(|| rtnetlink::add_to_loopback(POD[0]))??;
         let capture = Capture::start(config(scratch, congestion))?;
         let prefixes: Vec<_> = CAPTURED.into_iter().map(ipnet::IpNet::from).collect();
         capture.set_captured(&prefixes)?;
@@ -95,7 +95,7 @@ impl<'a> Trial<'a> {
             modes: &modes,
         })?;
         // After the pod, so that it isn't taken for one of the pod's own.
-        scratch.netns.within(|| network::add_address(STRANGER))??;
+        scratch.netns.within(|| rtnetlink::add_to_loopback(STRANGER))??;
         match &scratch.cgroups {
             Ok(cgroups) => cgroups.visit("pod")?,
             Err(_) => capture.shutdown_unregister(),
@@ -132,7 +132,7 @@ impl<'a> Trial<'a> {
 
     fn address(&self, ip: IpAddr) -> Result<(), Obstacle> {
         // The first was there before the pod was enrolled.
-        if ip == POD[0] { Ok(()) } else { self.within(|| network::add_address(ip)) }
+        if ip == POD[0] { Ok(()) } else { self.within(|| rtnetlink::add_to_loopback(ip)) }
     }
 
     /// What an application of the pod does.
@@ -235,9 +235,8 @@ impl<'a> Trial<'a> {
         self.capture.set_modes(self.pod(), &modes)?;
         let _server = self.within(|| TcpListener::bind((POD[0], SERVED_PORT)))?;
         let mut client = self.dial(STRANGER, SocketAddr::new(POD[0], SERVED_PORT))?;
-        match self.pod().reset_plaintext(&|port| port == SERVED_PORT)? {
-            0 => return Err(Obstacle::said("the kernel lists no such connection")),
-            _ => {}
+        if self.pod().reset_plaintext(&|port| port == SERVED_PORT)? == 0 {
+            return Err(Obstacle::said("the kernel lists no such connection"));
         }
         match client.read(&mut [0]) {
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => {

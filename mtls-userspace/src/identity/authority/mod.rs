@@ -6,12 +6,15 @@ use std::time::Duration;
 use rustls_pki_types::CertificateDer;
 use tokio::sync::mpsc;
 
-use super::{Csr, Error, Revocations, SpiffeId};
+use super::{Certificate, Csr, Error, InvalidCertificate, Revocations, SpiffeId, pem_certificates};
 
 mod remote;
+mod root_file;
+mod signer;
 mod trust;
 
 pub use remote::{Credential, RemoteAuthority};
+pub use signer::Signer;
 
 /// Signs certificates for the workloads of this node.
 #[tonic::async_trait]
@@ -56,4 +59,29 @@ pub mod wire {
 
     /// Where a node agent writes the workload's SPIFFE ID in the request's metadata.
     pub const IMPERSONATED_IDENTITY: &str = "ImpersonatedIdentity";
+}
+
+/// Istio's order is leaf, intermediates, roots. Self-issued certificates are the roots; `trusted` joins them.
+fn take_apart<'a>(
+    answer: impl IntoIterator<Item = &'a [u8]>,
+    trusted: Vec<CertificateDer<'static>>,
+) -> Result<Issued, InvalidCertificate> {
+    let mut issued = Issued { chain: Vec::new(), roots: Vec::new() };
+    let mut received = Vec::new();
+    for pem in answer {
+        received.extend(pem_certificates(pem)?);
+    }
+    for certificate in received {
+        let root = Certificate::parse(&certificate)?.self_issued;
+        let list = if root { &mut issued.roots } else { &mut issued.chain };
+        if !list.contains(&certificate) {
+            list.push(certificate);
+        }
+    }
+    for root in trusted {
+        if !issued.roots.contains(&root) {
+            issued.roots.push(root);
+        }
+    }
+    Ok(issued)
 }

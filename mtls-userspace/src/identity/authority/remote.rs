@@ -5,7 +5,7 @@
 //! A workload's private key never passes here.
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,18 +22,17 @@ use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Channel, Endpoint};
 use zeroize::Zeroizing;
 
+use super::root_file::{RootFile, read};
 use super::wire::{
-    IMPERSONATED_IDENTITY, IstioCertificateRequest, IstioCertificateResponse,
+    IMPERSONATED_IDENTITY, IstioCertificateRequest,
     istio_certificate_service_client::IstioCertificateServiceClient,
 };
-use super::{Authority, Issued, News, trust};
-use crate::identity::{Certificate, Csr, Error, InvalidCertificate, SpiffeId, certified, pem_certificates};
+use super::{Authority, Issued, News, take_apart, trust};
+use crate::identity::{Csr, Error, InvalidCertificate, SpiffeId, certified, pem_certificates};
 
 /// Istio's port for this service, when the address names none.
 const DEFAULT_PORT: u16 = 15012;
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
-/// Between looks at the root file.
-const GLANCE: Duration = Duration::from_secs(1);
 
 pub struct RemoteAuthority {
     /// As the operator wrote it, for errors.
@@ -41,7 +40,7 @@ pub struct RemoteAuthority {
     host: String,
     port: u16,
     server_name: ServerName<'static>,
-    root_file: PathBuf,
+    root_file: RootFile,
     pub(super) credential: Credential,
 }
 
@@ -78,7 +77,7 @@ impl RemoteAuthority {
             port: authority.port_u16().unwrap_or(DEFAULT_PORT),
             host,
             server_name,
-            root_file,
+            root_file: RootFile::new(root_file),
             credential,
         })
     }
@@ -86,7 +85,7 @@ impl RemoteAuthority {
     pub(super) async fn connect(&self, roots: &[CertificateDer<'static>]) -> Result<Channel, Error> {
         let address = || self.address.clone();
         let tls = self.credential.client_config(trusted(roots).map_err(|error| Error::RootFile {
-            path: self.root_file.clone(),
+            path: self.root_file.path().into(),
             source: InvalidCertificate::Der { reason: error.to_string() },
         })?);
         let tls = tls.await?;
@@ -94,7 +93,7 @@ impl RemoteAuthority {
             .await
             .map_err(|source| Error::Unreachable { address: address(), source })?;
         let stream = TlsConnector::from(Arc::new(tls)).connect(self.server_name.clone(), tcp).await.map_err(
-            |source| Error::Handshake { address: address(), root: self.root_file.clone(), source },
+            |source| Error::Handshake { address: address(), root: self.root_file.path().into(), source },
         )?;
         self.channel(stream).await.map_err(|source| Error::Transport { address: address(), source })
     }
@@ -128,8 +127,7 @@ impl RemoteAuthority {
     }
 
     pub(super) async fn roots(&self) -> Result<Vec<CertificateDer<'static>>, Error> {
-        let pem = read("the certificate authority's root file", &self.root_file).await?;
-        pem_certificates(&pem).map_err(|source| Error::RootFile { path: self.root_file.clone(), source })
+        self.root_file.read().await
     }
 }
 
@@ -204,55 +202,13 @@ impl Authority for RemoteAuthority {
                     message: status.message().into(),
                 }
             })?;
-        take_apart(answer.get_ref(), roots).map_err(|source| Error::Answer { id: id.clone(), source })
+        take_apart(answer.get_ref().cert_chain.iter().map(String::as_bytes), roots)
+            .map_err(|source| Error::Answer { id: id.clone(), source })
     }
 
     async fn follow(&self, news: &mpsc::Sender<News>) {
-        tokio::join!(self.follow_root_file(news), trust::follow(self, news));
+        tokio::join!(self.root_file.follow(news), trust::follow(self, news));
     }
-}
-
-impl RemoteAuthority {
-    async fn follow_root_file(&self, news: &mpsc::Sender<News>) {
-        let mut seen = None;
-        loop {
-            // A file that is missing or half written is no news; its next good content is.
-            if let Ok(roots) = self.roots().await {
-                let before = seen.replace(roots);
-                if before.is_some() && before != seen {
-                    let why = "the authority's root file has changed";
-                    // Fails only when nobody polls this any more.
-                    let _ = news.send(News::Renew { why }).await;
-                }
-            }
-            tokio::time::sleep(GLANCE).await;
-        }
-    }
-}
-
-/// Istio's order is leaf, intermediates, roots. Self-issued certificates are the roots; `trusted` joins them.
-fn take_apart(
-    answer: &IstioCertificateResponse,
-    trusted: Vec<CertificateDer<'static>>,
-) -> Result<Issued, InvalidCertificate> {
-    let mut issued = Issued { chain: Vec::new(), roots: Vec::new() };
-    let mut received = Vec::new();
-    for pem in &answer.cert_chain {
-        received.extend(pem_certificates(pem.as_bytes())?);
-    }
-    for certificate in received {
-        let root = Certificate::parse(&certificate)?.self_issued;
-        let list = if root { &mut issued.roots } else { &mut issued.chain };
-        if !list.contains(&certificate) {
-            list.push(certificate);
-        }
-    }
-    for root in trusted {
-        if !issued.roots.contains(&root) {
-            issued.roots.push(root);
-        }
-    }
-    Ok(issued)
 }
 
 fn trusted(roots: &[CertificateDer<'static>]) -> Result<rustls::RootCertStore, rustls::Error> {
@@ -261,10 +217,4 @@ fn trusted(roots: &[CertificateDer<'static>]) -> Result<rustls::RootCertStore, r
         store.add(root.clone())?;
     }
     Ok(store)
-}
-
-/// The content is overwritten when dropped: it may be a token or a key.
-async fn read(what: &'static str, path: &Path) -> Result<Zeroizing<Vec<u8>>, Error> {
-    let content = tokio::fs::read(path).await;
-    content.map(Zeroizing::new).map_err(|source| Error::File { what, path: path.into(), source })
 }

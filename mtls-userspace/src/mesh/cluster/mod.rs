@@ -9,7 +9,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
+use k8s_openapi::api::core::v1::{Namespace, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::api::{Api, ApiResource, DynamicObject};
 use kube::core::GroupVersionKind;
@@ -20,9 +20,11 @@ use tokio::task::JoinSet;
 use super::Settings;
 use super::source::Shared;
 use crate::kubernetes::{Change, Cluster, Ended, Trouble, follow as follow_kind, while_absent};
+use lean::{LeanNode, LeanPod};
 use state::{Kind, Object, State};
 
 mod kept;
+mod lean;
 mod policies;
 mod state;
 
@@ -96,14 +98,14 @@ fn start(
     let namespaces: Api<Namespace> = Api::all(client());
     let namespace: fn(Namespace) -> Object = |it| Object::Namespace(Box::new(it));
     tasks.spawn(one([namespaces], "namespaces", to(Kind::Namespace), namespace));
-    let pods: Api<Pod> = Api::all(client());
-    let pod: fn(Pod) -> Object = |it| Object::Pod(Box::new(it));
+    let pods: Api<LeanPod> = Api::all(client());
+    let pod: fn(LeanPod) -> Object = |it| Object::Pod(Box::new(it.0));
     tasks.spawn(one([pods], "pods", to(Kind::Pod), pod));
     if scope == Scope::Workloads {
         return vec![Kind::Namespace, Kind::Pod];
     }
-    let nodes: Api<Node> = Api::all(client());
-    let node: fn(Node) -> Object = |it| Object::Node(Box::new(it));
+    let nodes: Api<LeanNode> = Api::all(client());
+    let node: fn(LeanNode) -> Object = |it| Object::Node(Box::new(it.0));
     tasks.spawn(one([nodes], "nodes", to(Kind::Node), node));
     let services: Api<Service> = Api::all(client());
     let service: fn(Service) -> Object = |it| Object::Service(Box::new(it));

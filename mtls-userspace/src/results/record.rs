@@ -2,22 +2,19 @@
 
 use std::fs;
 
-use anyhow::{Context, Result};
-use mtls_tests::{Pod, mtls};
-use serde::Serialize;
-use time::OffsetDateTime;
-use time::format_description::well_known::Rfc3339;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 
-use crate::metric::{Figures, Metric};
-use crate::table::distinct;
+use super::metric::{Figures, Metric};
+use super::table::distinct;
 
-/// One line of `bench.json`.
-#[derive(Clone, Debug, Serialize)]
+/// One figure of one path.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
     pub path: String,
     pub workload: String,
-    pub metric: &'static str,
-    pub unit: &'static str,
+    pub metric: String,
+    pub unit: String,
     pub higher_is_better: bool,
     pub median: f64,
     pub min: f64,
@@ -34,7 +31,7 @@ pub struct Record {
 }
 
 /// Where and when.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Environment {
     pub machine: String,
     pub kernel: String,
@@ -44,22 +41,20 @@ pub struct Environment {
 }
 
 impl Environment {
-    /// `pod` is any that takes part: its namespace's congestion control is everybody's.
-    pub fn of(pod: &Pod) -> Result<Self> {
-        let read = |path: &str| fs::read_to_string(path).with_context(|| format!("read {path}"));
-        let control = pod.netns().within(|| read("/proc/sys/net/ipv4/tcp_congestion_control"))?;
-        let processors = read("/proc/cpuinfo")?;
+    /// This machine, now. Whoever measures knows the congestion control of the place and the version of what it measures.
+    pub fn here(congestion_control: String, version: String) -> Self {
+        let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+        let processors = read("/proc/cpuinfo");
         let models: Vec<&str> = processors
             .lines()
             .filter_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, model)| model))
             .collect();
-        let memory = read("/proc/meminfo")?;
+        let memory = read("/proc/meminfo");
         let kilobytes = memory
             .lines()
             .find_map(|line| line.strip_prefix("MemTotal:")?.trim().strip_suffix("kB")?.trim().parse().ok())
             .unwrap_or(0u64);
-        let version = std::process::Command::new(mtls()?).arg("--version").output()?;
-        Ok(Self {
+        Self {
             machine: format!(
                 "{} × {}, {} GiB, {}",
                 models.len(),
@@ -67,11 +62,41 @@ impl Environment {
                 (kilobytes as f64 / f64::from(1 << 20)).round(),
                 std::env::consts::ARCH,
             ),
-            kernel: read("/proc/sys/kernel/osrelease")?.trim().to_owned(),
-            congestion_control: control.trim().to_owned(),
-            date: OffsetDateTime::now_utc().replace_nanosecond(0)?.format(&Rfc3339)?,
-            version: String::from_utf8_lossy(&version.stdout).trim().to_owned(),
-        })
+            kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
+            congestion_control,
+            date: format!("{:.0}", Timestamp::now()),
+            version,
+        }
+    }
+}
+
+/// A path that was not measured, and why.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Missing {
+    pub path: String,
+    pub why: String,
+}
+
+/// A file of results: what `mtls lab compare` writes, or the array of records that the benchmark does.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Recorded {
+    Compared { records: Vec<Record>, missing: Vec<Missing> },
+    Records(Vec<Record>),
+}
+
+impl Recorded {
+    pub fn records(&self) -> &[Record] {
+        match self {
+            Self::Compared { records, .. } | Self::Records(records) => records,
+        }
+    }
+
+    pub fn missing(&self) -> &[Missing] {
+        match self {
+            Self::Compared { missing, .. } => missing,
+            Self::Records(_) => &[],
+        }
     }
 }
 
@@ -94,8 +119,8 @@ struct Series {
 #[derive(Default)]
 pub struct Results {
     series: Vec<Series>,
-    /// What couldn't be measured, and why.
-    pub failures: Vec<String>,
+    /// What couldn't be measured.
+    pub missing: Vec<Missing>,
 }
 
 impl Results {
@@ -144,8 +169,8 @@ impl Results {
         Record {
             path: series.path.path.clone(),
             workload: series.workload.clone(),
-            metric: series.metric.name,
-            unit: series.metric.unit,
+            metric: series.metric.name.to_owned(),
+            unit: series.metric.unit.to_owned(),
             higher_is_better: series.metric.higher_is_better,
             median,
             min: series.values.iter().copied().fold(f64::INFINITY, f64::min),
@@ -174,7 +199,7 @@ pub fn median(values: &[f64]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::metric::{REQUESTS, THROUGHPUT};
+    use crate::results::{REQUESTS, THROUGHPUT};
 
     fn path(name: &str, baseline: Option<&str>) -> Compared {
         Compared { path: name.into(), baseline: baseline.map(str::to_owned) }
@@ -199,7 +224,7 @@ mod tests {
         }
         let records = results.records(&Environment::default());
         assert_eq!(
-            records.iter().map(|r| (r.path.as_str(), r.metric)).collect::<Vec<_>>(),
+            records.iter().map(|r| (r.path.as_str(), r.metric.as_str())).collect::<Vec<_>>(),
             [
                 ("plain", "throughput"),
                 ("plain same-node", "throughput"),

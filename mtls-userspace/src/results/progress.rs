@@ -1,18 +1,49 @@
-//! What a person sees while it runs: measurements as they are made in, lines with the time left out.
+//! What a person sees while it runs: measurements as they are made in; lines, and on a terminal a bar with the time that
+//! is left, out.
 
+use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use crate::metric::Figures;
+use super::metric::Figures;
+
+/// Characters of the bar.
+const BAR: usize = 30;
 
 pub struct Progress {
     begun: Instant,
     done: usize,
     total: usize,
+    /// A bar is drawn, below the lines.
+    bar: bool,
 }
 
 impl Progress {
     pub fn new(total: usize) -> Self {
-        Self { begun: Instant::now(), done: 0, total }
+        Self { begun: Instant::now(), done: 0, total, bar: std::io::stderr().is_terminal() }
+    }
+
+    /// Says what is being measured now.
+    pub fn begin(&self, path: &str, workload: &str) {
+        if self.bar {
+            let filled = BAR * self.done / self.total.max(1);
+            let bar = "█".repeat(filled) + &"░".repeat(BAR.saturating_sub(filled));
+            let left = match self.done {
+                0 => String::new(),
+                done => {
+                    let each = self.begun.elapsed().div_f64(done as f64);
+                    format!(", {} left", clock(each.mul_f64(self.total.saturating_sub(done) as f64)))
+                }
+            };
+            eprint!("\r\x1b[K{bar} {}/{}{left}: {workload}, {path}", self.done, self.total);
+            let _ = std::io::stderr().flush();
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn end(&self) {
+        if self.bar {
+            eprint!("\r\x1b[K");
+        }
     }
 
     /// One more is done.
@@ -29,6 +60,7 @@ impl Progress {
                 .join(", "),
             Err(error) => format!("failed: {}", format!("{error:#}").replace('\n', " ")),
         };
+        self.end();
         println!(
             "[{:>3}/{} {} of about {}] {workload:40} {path:26} {said}",
             self.done,

@@ -1,7 +1,7 @@
 //! The table at the end: records in, text out.
 
-use crate::progress::number;
-use crate::record::Record;
+use super::progress::number;
+use super::record::Record;
 
 /// A block per workload: a line per path, a column per metric, each with its median and the ratio to plain TCP.
 pub fn table(records: &[Record]) -> String {
@@ -11,7 +11,7 @@ pub fn table(records: &[Record]) -> String {
 
 fn block(workload: &str, records: &[Record]) -> String {
     let records: Vec<&Record> = records.iter().filter(|record| record.workload == workload).collect();
-    let metrics = distinct(records.iter().map(|record| (record.metric, record.unit)));
+    let metrics = distinct(records.iter().map(|record| (record.metric.as_str(), record.unit.as_str())));
     let paths = distinct(records.iter().map(|record| record.path.as_str()));
     let mut head = vec![workload.to_owned()];
     head.extend(metrics.iter().map(|(metric, unit)| format!("{metric}, {unit}")));
@@ -19,7 +19,8 @@ fn block(workload: &str, records: &[Record]) -> String {
     for path in paths {
         let mut line = vec![path.to_owned()];
         line.extend(metrics.iter().map(|metric| {
-            let found = records.iter().find(|r| r.path == path && (r.metric, r.unit) == *metric);
+            let found =
+                records.iter().find(|r| r.path == path && (r.metric.as_str(), r.unit.as_str()) == *metric);
             found.map_or_else(|| "–".into(), |record| cell(record))
         }));
         lines.push(line);
@@ -45,7 +46,7 @@ fn cell(record: &Record) -> String {
     }
 }
 
-fn render(lines: &[Vec<String>]) -> String {
+pub(super) fn render(lines: &[Vec<String>]) -> String {
     let columns = lines.first().map_or(0, Vec::len);
     let width = |column: usize| {
         lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
@@ -71,8 +72,7 @@ fn render(lines: &[Vec<String>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::metric::{REQUESTS, THROUGHPUT};
-    use crate::record::{Compared, Environment, Results};
+    use crate::results::{Compared, Environment, REQUESTS, Results, THROUGHPUT};
 
     #[test]
     fn every_path_has_a_line_and_what_was_not_measured_a_dash() {

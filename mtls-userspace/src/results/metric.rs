@@ -3,8 +3,6 @@
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use crate::args::Kind;
-
 /// A figure's name, unit, and which way is better.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Metric {
@@ -56,46 +54,17 @@ impl Per {
 }
 
 /// One load.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Workload {
-    pub kind: Kind,
     pub name: &'static str,
     /// Flags of `mtls bench client`.
     pub flags: &'static [&'static str],
     pub per: Per,
 }
 
-const fn workload(kind: Kind, name: &'static str, per: Per, flags: &'static [&'static str]) -> Workload {
-    Workload { kind, name, flags, per }
+pub const fn workload(name: &'static str, per: Per, flags: &'static [&'static str]) -> Workload {
+    Workload { name, flags, per }
 }
-
-pub const WORKLOADS: [Workload; 10] = [
-    workload(Kind::Bulk, "bulk up, 1 stream", Per::Gigabyte, &["upload"]),
-    workload(Kind::Bulk, "bulk down, 1 stream", Per::Gigabyte, &["download"]),
-    workload(Kind::Bulk, "bulk up, 8 streams", Per::Gigabyte, &["upload", "--connections", "8"]),
-    workload(Kind::Bulk, "bulk down, 8 streams", Per::Gigabyte, &["download", "--connections", "8"]),
-    workload(Kind::Request, "requests, 1 connection", Per::Requests, &["request"]),
-    workload(Kind::Request, "requests, 64 connections", Per::Requests, &["request", "--connections", "64"]),
-    workload(
-        Kind::Paced,
-        "1000 requests/s, 16 connections, 1 KiB",
-        Per::Requests,
-        &["paced", "--connections", "16", "--size", "1024", "--rate", "1000"],
-    ),
-    workload(
-        Kind::Paced,
-        "3200 requests/s, 16 connections, 1 KiB",
-        Per::Requests,
-        &["paced", "--connections", "16", "--size", "1024", "--rate", "3200"],
-    ),
-    workload(Kind::Connect, "new connections, 1 at a time", Per::Connections, &["connect"]),
-    workload(
-        Kind::Connect,
-        "new connections, 16 at a time",
-        Per::Connections,
-        &["connect", "--connections", "16"],
-    ),
-];
 
 /// Figures of one measurement.
 pub type Figures = Vec<(Metric, f64)>;
@@ -133,11 +102,14 @@ mod tests {
     use super::*;
     use serde_json::json;
 
+    const BULK: Workload = workload("bulk", Per::Gigabyte, &["upload"]);
+    const REQUEST: Workload = workload("requests", Per::Requests, &["request"]);
+
     #[test]
     fn a_bulk_report_becomes_throughput_and_its_cpu_is_told_per_gigabyte() {
         let report = json!({ "seconds": 2.0, "bytes": 5_000_000_000u64, "exchanges": 0, "all_exchanges": 0 });
-        assert_eq!(WORKLOADS[0].figures(&report).unwrap(), [(THROUGHPUT, 20.0)]);
-        assert_eq!(WORKLOADS[0].amount(&report).unwrap(), 5.0);
+        assert_eq!(BULK.figures(&report).unwrap(), [(THROUGHPUT, 20.0)]);
+        assert_eq!(BULK.amount(&report).unwrap(), 5.0);
     }
 
     #[test]
@@ -146,16 +118,16 @@ mod tests {
             "seconds": 2.0, "bytes": 1, "exchanges": 20_000, "all_exchanges": 30_000,
             "latency_us": { "p50": 1.0, "p90": 2.0, "p99": 3.0, "p999": 4.0, "max": 5.0 },
         });
-        let figures = WORKLOADS[4].figures(&report).unwrap();
+        let figures = REQUEST.figures(&report).unwrap();
         assert_eq!(figures[0], (REQUESTS, 10_000.0));
         assert_eq!(figures[4].1, 4.0);
-        assert_eq!(WORKLOADS[4].amount(&report).unwrap(), 3.0);
+        assert_eq!(REQUEST.amount(&report).unwrap(), 3.0);
     }
 
     #[test]
     fn a_report_of_nothing_is_an_error() {
         let report = json!({ "seconds": 2.0, "bytes": 0, "exchanges": 0, "all_exchanges": 0 });
-        assert!(WORKLOADS[0].amount(&report).is_err());
-        assert!(WORKLOADS[4].figures(&report).is_err(), "no latency");
+        assert!(BULK.amount(&report).is_err());
+        assert!(REQUEST.figures(&report).is_err(), "no latency");
     }
 }

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use super::escape;
-use crate::progress::number;
+use crate::results::progress::number;
 
 /// A median between the least and the most.
 pub struct Bar<'a> {

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Makes a minikube cluster, installs mtls and a sample, proves by capture what is on the wire, and measures.
+#
+#   try.sh           all of it; the cluster stays
+#   try.sh down      removes the cluster
+#
+# IMAGE: the archive that `cargo xtask image` made. MINIKUBE_DRIVER: docker, unless told otherwise; the kernel of
+# minikube's own virtual machines may be older than 5.15.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/../.." && pwd)
+# shellcheck source-path=SCRIPTDIR source=../sample/steps.sh
+. "$root/deploy/sample/steps.sh"
+
+cluster=mtls
+
+on_node() {
+    local node=$1
+    shift
+    minikube --profile "$cluster" ssh --node "$node" -- sudo "$@" | tr -d '\r'
+}
+
+up() {
+    local archive node
+    archive=$(image_archive)
+    if ! minikube --profile "$cluster" status >/dev/null 2>&1; then
+        say "creating the cluster"
+        minikube start --profile "$cluster" --nodes 2 --driver "${MINIKUBE_DRIVER:-docker}" \
+            --container-runtime containerd --cni kindnet
+    fi
+    "$kubectl" config use-context "$cluster"
+    for node in $("$kubectl" get nodes -o 'jsonpath={.items[*].metadata.name}'); do
+        prepare_node "$node"
+    done
+    say "loading the image"
+    minikube --profile "$cluster" image load "$archive"
+    install_mtls "$root/deploy/minikube"
+}
+
+case ${1:-all} in
+    all)
+        require minikube "$kubectl"
+        up
+        try
+        ;;
+    down) minikube delete --profile "$cluster" ;;
+    *) die "usage: $0 [all|down]" ;;
+esac

@@ -1,0 +1,150 @@
+//! An application's socket and a tunnel's stream, both directions in one task.
+//!
+//! Application bytes are read straight into record slots, sealed there and sent in one call; records are received
+//! many at a time, opened in place, and their plaintext goes to the application in one call. Buffers are on loan only
+//! while something is in them.
+//!
+//! A direction that became raw may be the kernel's (see `tunnel::kernel`): then a pipe stands where the buffer stood,
+//! bytes move by splice(2), and all else, endings above all, stays as it is.
+
+use std::future::Future;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
+
+use tokio::net::TcpStream;
+
+use crate::tunnel::{Codec, Rejection, Stream, failed, finish_on_close, reset_on_close};
+
+use super::watch::Watch;
+use super::{End, Progress, Report};
+
+mod down;
+mod up;
+
+use down::Down;
+use up::Up;
+
+/// Bytes after which a connection lets the worker's others have their turn.
+const TURN: usize = 512 * 1024;
+
+/// Relays until both directions have ended, one side is reset, or `stop` resolves.
+///
+/// Until a clean end `app` is marked to be reset when it is closed, by the caller who drops it and `stream` right after
+/// or by the end of the process: an agent that is killed never makes a cut transfer look complete. `stream` is marked by
+/// itself: clean and rejected ends leave its tunnel usable, unless a direction was raw.
+pub async fn tunnelled(
+    app: &TcpStream,
+    stream: &mut Stream,
+    progress: &Progress,
+    mut stop: impl Future<Output = ()> + Unpin,
+) -> Report {
+    reset_on_close(app);
+    let end = {
+        let (tunnel, codec) = stream.split();
+        let mut relay = Relay {
+            app,
+            tunnel,
+            codec,
+            progress,
+            up: Up::default(),
+            down: Down::default(),
+            app_failed: false,
+            tunnel_failed: None,
+            rejection: None,
+        };
+        let mut watch = None;
+        std::future::poll_fn(|cx| {
+            if Pin::new(&mut stop).poll(cx).is_ready() {
+                return Poll::Ready(End::Revoked);
+            }
+            let polled = relay.poll(cx);
+            if polled.is_pending() && watch.is_none() && !relay.reads_both() {
+                watch = Some(Watch::new(app, tunnel, cx));
+                // The failure may have come before the watch.
+                return relay.poll(cx);
+            }
+            polled
+        })
+        .await
+    };
+    match end {
+        End::Clean => finish_on_close(app),
+        End::Rejected(_) => {}
+        _ => stream.reset(),
+    }
+    Report::new(progress, end)
+}
+
+struct Relay<'a> {
+    app: &'a TcpStream,
+    tunnel: &'a TcpStream,
+    codec: &'a mut Codec,
+    progress: &'a Progress,
+    up: Up,
+    down: Down,
+    /// Writing to the application failed: its bytes are still read to their end, which is then a reset.
+    app_failed: bool,
+    /// Writing to the tunnel failed: what the peer said before is still read, for it may say why.
+    tunnel_failed: Option<End>,
+    rejection: Option<Rejection>,
+}
+
+type Step = Poll<Result<(), End>>;
+
+impl Relay<'_> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        (self.up.turn, self.down.turn) = (0, 0);
+        let outcome = self.poll_both(cx);
+        let waiting = self.up.turn < TURN && self.down.turn < TURN;
+        match outcome {
+            Poll::Ready(Ok(())) => Poll::Ready(match self.rejection.take() {
+                Some(rejection) => End::Rejected(rejection),
+                None => End::Clean,
+            }),
+            Poll::Ready(Err(end)) => Poll::Ready(end),
+            // Whoever still reads a failed socket meets its error there, behind its last bytes. Here nobody does.
+            Poll::Pending if waiting && failed(self.app) => Poll::Ready(End::AppReset),
+            Poll::Pending if waiting && failed(self.tunnel) => {
+                Poll::Ready(self.tunnel_failed.take().unwrap_or(End::PeerReset))
+            }
+            Poll::Pending => Poll::Pending,
+        }
+    }
+
+    /// Whether both sockets are being read, so that a reset is met there.
+    fn reads_both(&self) -> bool {
+        let up = !self.up.holds() && !self.codec.order.outbound_ended();
+        up && !self.down.holds() && !self.down.over && !self.codec.incoming.has_plaintext()
+    }
+
+    fn poll_both(&mut self, cx: &mut Context<'_>) -> Step {
+        loop {
+            self.codec.moved(self.progress.sent() + self.progress.received());
+            let before = [self.rejection.is_some(), self.app_failed, self.codec.raw_owed()];
+            let up = self.poll_up(cx)?;
+            let _ = self.poll_down(cx)?;
+            if up.is_ready() && self.codec.order.inbound_ended() && !self.down.fin {
+                return Poll::Ready(Ok(()));
+            }
+            // Any of these that came to be gives the other direction something to do.
+            let after = [self.rejection.is_some(), self.app_failed, self.codec.raw_owed()];
+            if before.iter().zip(after).all(|(before, after)| *before || !after) {
+                return Poll::Pending;
+            }
+        }
+    }
+}
+
+/// Lets the worker's other tasks run and its sockets be polled before this one goes on.
+fn yield_turn(cx: &mut Context<'_>) -> Step {
+    let _ = pin!(tokio::task::yield_now()).poll(cx);
+    Poll::Pending
+}
+
+#[cfg(test)]
+pub(super) fn size_of_future() -> usize {
+    fn of<'a, F>(_: impl FnOnce(&'a TcpStream, &'a mut Stream, &'a Progress) -> F) -> usize {
+        size_of::<F>()
+    }
+    of(|app, stream, progress| tunnelled(app, stream, progress, std::future::pending()))
+}

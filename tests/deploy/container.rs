@@ -1,0 +1,271 @@
+//! The agent in a real container: a rendered DaemonSet and a lab's node in, `runc` running what it describes out.
+//!
+//! As a container runtime would: the image's root file system, read-only; exactly the capabilities, mounts and namespaces
+//! of the pod; no new privileges; the profile of system calls that container engines have by default. The lab stands in
+//! for what differs from node to node: where host paths are, and where the mesh is described.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use mtls_tests::{Lab, Mesh};
+use serde_json::{Value, json};
+
+use crate::rendered::{Objects, kustomized, parse, text_of, texts};
+use crate::{Scratch, image, run};
+
+/// The program, its profile and the tool that unpacks the image.
+pub const NEEDS: [&str; 5] = ["ip", "kubectl", "runc", "umoci", PROFILE];
+const PROFILE: &str = "/usr/share/containers/seccomp.json";
+
+/// What a container is made of; may be changed before it starts.
+pub struct Container {
+    id: String,
+    cgroup: String,
+    /// `config.json`, as the OCI runtime specification has it.
+    pub config: Value,
+    scratch: Scratch,
+}
+
+impl Container {
+    /// The agent of a lab's node, as the DaemonSet describes it.
+    pub fn agent(lab: &Lab, node: &str) -> Result<Self> {
+        let objects = parse(&kustomized("")?)?;
+        let scratch = Scratch::new("container")?;
+        image::unpack(&scratch.0)?;
+        let spec = objects["DaemonSet/mtls-node"].pointer("/spec/template/spec").context("no pod")?;
+        let id = scratch.0.file_name().context("no name")?.to_string_lossy().into_owned();
+        let config = config(spec, lab, node, &objects, &scratch, &id)?;
+        Ok(Self { cgroup: cgroup(lab, node, &id), id, config, scratch })
+    }
+
+    pub fn without_capability(mut self, name: &str) -> Result<Self> {
+        for set in ["bounding", "effective", "permitted"] {
+            let list =
+                self.config["process"]["capabilities"][set].as_array_mut().context("no capabilities")?;
+            let before = list.len();
+            list.retain(|capability| *capability != format!("CAP_{name}"));
+            ensure!(list.len() + 1 == before, "the agent has no {name}");
+        }
+        Ok(self)
+    }
+
+    pub fn without_mount(mut self, place: &str) -> Result<Self> {
+        let mounts = self.config["mounts"].as_array_mut().context("no mounts")?;
+        let before = mounts.len();
+        mounts.retain(|mount| mount["destination"] != place);
+        ensure!(mounts.len() + 1 == before, "nothing is mounted at {place}");
+        Ok(self)
+    }
+
+    /// Where the node has what is mounted by this name.
+    pub fn on_node(&self, mount: &str) -> PathBuf {
+        self.scratch.0.join(mount)
+    }
+
+    /// With another value for a flag.
+    pub fn with_argument(mut self, flag: &str, value: &str) -> Result<Self> {
+        let args = self.config["process"]["args"].as_array_mut().context("no arguments")?;
+        let is_it = |arg: &&mut Value| arg.as_str().is_some_and(|arg| arg.split('=').next() == Some(flag));
+        *args.iter_mut().find(is_it).with_context(|| format!("no {flag}"))? =
+            format!("{flag}={value}").into();
+        Ok(self)
+    }
+
+    /// With a file that kubelet would write for it.
+    pub fn with_file(mut self, place: &str, text: &str) -> Result<Self> {
+        let file = self.scratch.write(&place.replace('/', "-"), text)?;
+        self.config["mounts"].as_array_mut().context("no mounts")?.push(bind(&file, place, true));
+        Ok(self)
+    }
+
+    /// Starts it in place of the agent that ran on this node until now.
+    pub fn launch(&self, lab: &Lab, mesh: &mut Mesh, node: &str) -> Result<()> {
+        self.scratch.write("config.json", &self.config.to_string())?;
+        let mut command = lab.node(node)?.command_in("agent", mtls_tests::find("runc").context("no runc")?);
+        command.arg("--root").arg(self.state());
+        command.arg("run").arg("--bundle").arg(&self.scratch.0).args(["--no-new-keyring", &self.id]);
+        mesh.agent(node).launch_by(command)
+    }
+
+    /// Its first process, as the node numbers it.
+    pub fn pid(&self) -> Result<u32> {
+        let state = self.runc(&["state", &self.id])?.success()?.stdout;
+        let state: Value = serde_json::from_str(&state)?;
+        state["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok()).context("no pid")
+    }
+
+    fn state(&self) -> PathBuf {
+        self.scratch.0.join("runc")
+    }
+
+    fn runc(&self, args: &[&str]) -> Result<mtls_tests::Finished> {
+        let state = self.state();
+        run("runc", &[&["--root", &state.to_string_lossy()], args].concat())
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        // Nothing is left unless it did not end when it was told to.
+        if let Err(error) = self.runc(&["delete", "--force", &self.id]) {
+            eprintln!("{}: {error:#}", self.id);
+        }
+        // runc makes the directories above its own in each hierarchy of version 1, and leaves them.
+        for hierarchy in std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
+            let own = hierarchy.path().join(self.cgroup.trim_start_matches('/'));
+            for directory in own.ancestors().take_while(|directory| *directory != hierarchy.path()) {
+                // One that somebody else is in, the lab's own included, can't be removed.
+                let _ = std::fs::remove_dir(directory);
+            }
+        }
+    }
+}
+
+/// A network configuration as a node has it.
+const NETWORK: &str = r#"{"cniVersion": "0.4.0", "name": "lab", "plugins": [{"type": "ptp"}]}"#;
+
+/// Below the root of whatever hierarchies there are: beside the lab's own agents.
+fn cgroup(lab: &Lab, node: &str, id: &str) -> String {
+    format!("/{}/{node}/agent/{id}", lab.id())
+}
+
+fn config(
+    spec: &Value,
+    lab: &Lab,
+    node: &str,
+    objects: &Objects,
+    scratch: &Scratch,
+    id: &str,
+) -> Result<Value> {
+    let container = spec.pointer("/containers/0").context("no container")?;
+    let security = &container["securityContext"];
+    ensure!(spec["hostNetwork"] == true && spec["hostPID"] == true, "this runs it on the node's own");
+    let capabilities: Vec<String> =
+        texts(security, "/capabilities/add")?.into_iter().map(|name| format!("CAP_{name}")).collect();
+    Ok(json!({
+        "ociVersion": "1.0.2",
+        "process": {
+            "user": {"uid": security["runAsUser"], "gid": security["runAsGroup"]},
+            "args": args(container, lab, node)?,
+            "env": ["PATH=/usr/bin", "RUST_LOG=info"],
+            "cwd": "/",
+            "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
+            "noNewPrivileges": security["allowPrivilegeEscalation"] == false,
+        },
+        "root": {"path": "rootfs", "readonly": security["readOnlyRootFilesystem"]},
+        "mounts": mounts(container, lab, node, objects, scratch)?,
+        "linux": {
+            "cgroupsPath": cgroup(lab, node, id),
+            // Neither pid nor network: those are the node's.
+            "namespaces": [{"type": "mount"}, {"type": "ipc"}, {"type": "uts"}],
+            "maskedPaths": ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_list", "/proc/timer_list",
+                "/proc/sched_debug", "/proc/scsi", "/sys/firmware"],
+            "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
+            "seccomp": profile(&capabilities)?,
+        },
+    }))
+}
+
+/// The DaemonSet's own, but for what the lab has instead of a cluster.
+fn args(container: &Value, lab: &Lab, node: &str) -> Result<Vec<String>> {
+    let mut args = vec!["/usr/bin/mtls".to_owned()];
+    for arg in texts(container, "/args")? {
+        let arg = arg.replace("$(NODE_NAME)", node).replace("$(HOST_IP)", "127.0.0.1");
+        args.push(match arg.split('=').next().unwrap_or_default() {
+            "--kubernetes" => "--manifests=/lab/manifests".into(),
+            // Where the lab's own agent pinned its state, to be adopted.
+            "--bpffs" => format!("--bpffs=/sys/fs/bpf/{node}"),
+            "--cgroup-root" => format!("--cgroup-root={}", lab.node(node)?.cgroup().display()),
+            "--ca-address" => format!("--ca-address=https://{}:15012", lab.nodes()[0].ip()),
+            _ => arg,
+        });
+    }
+    args.push("--drain=1".into());
+    args.extend(mtls_tests::MESH_PREFIXES.map(|prefix| format!("--mesh-prefix={prefix}")));
+    Ok(args)
+}
+
+fn mounts(
+    container: &Value,
+    lab: &Lab,
+    node: &str,
+    objects: &Objects,
+    scratch: &Scratch,
+) -> Result<Vec<Value>> {
+    let (_, settings) = objects.iter().find(|(key, _)| key.starts_with("ConfigMap/")).context("no config")?;
+    let mut on_node = BTreeMap::new();
+    for name in ["config", "ca-token", "ca-root", "run", "cni-bin", "cni-conf"] {
+        let path = scratch.0.join(name);
+        std::fs::create_dir(&path)?;
+        on_node.insert(name, path);
+    }
+    std::fs::write(on_node["config"].join("node.config"), text_of(settings, "/data/node.config")?)?;
+    std::fs::copy(lab.dir().join(format!("{node}.token")), on_node["ca-token"].join("token"))?;
+    std::fs::copy(lab.dir().join("root-cert.pem"), on_node["ca-root"].join("root-cert.pem"))?;
+    std::fs::write(on_node["cni-conf"].join("10-lab.conflist"), NETWORK)?;
+    on_node.insert("bpffs", lab.dir().join("bpf"));
+    on_node.insert("cgroup", lab.node(node)?.cgroup().into());
+    let mut mounts = vec![
+        json!({"destination": "/proc", "type": "proc", "source": "proc"}),
+        json!({"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755"]}),
+        json!({"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]}),
+        json!({"destination": "/sys/fs/cgroup", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]}),
+    ];
+    for mount in container["volumeMounts"].as_array().context("no mounts")? {
+        let name = text_of(mount, "/name")?;
+        if name == "api-token" {
+            continue;
+        }
+        let source = on_node.get(name).with_context(|| format!("the lab has nothing for mount {name}"))?;
+        // The lab's manifests name cgroups by the paths they have outside, so they are seen there inside, too.
+        let place = if name == "cgroup" { source.to_str() } else { mount["mountPath"].as_str() };
+        mounts.push(bind(source, place.context("mounted nowhere")?, mount["readOnly"] == true));
+    }
+    // In place of the API server, and of the processes by which pods are found.
+    mounts.push(bind(&lab.dir().join("manifests"), "/lab/manifests", true));
+    mounts.push(bind(Path::new("/run/netns"), "/run/netns", true));
+    Ok(mounts)
+}
+
+fn bind(source: &Path, destination: &str, read_only: bool) -> Value {
+    let access = if read_only { "ro" } else { "rw" };
+    json!({"destination": destination, "type": "bind", "source": source, "options": ["rbind", "rprivate", access]})
+}
+
+/// `RuntimeDefault`: the profile that container engines share, for these capabilities.
+fn profile(capabilities: &[String]) -> Result<Value> {
+    let written: Value = serde_json::from_str(&std::fs::read_to_string(PROFILE)?)?;
+    let arch = |map: &&Value| map["architecture"] == "SCMP_ARCH_X86_64";
+    let arches =
+        written["archMap"].as_array().and_then(|maps| maps.iter().find(arch)).context("no archMap")?;
+    let mut architectures = vec![arches["architecture"].clone()];
+    architectures.extend(arches["subArchitectures"].as_array().cloned().unwrap_or_default());
+    let has = |value: &Value| value.as_str().is_some_and(|name| capabilities.iter().any(|own| own == name));
+    let list = |value: &Value| value.as_array().cloned().unwrap_or_default();
+    let here = |value: &Value| *value == "amd64";
+    let applies = |call: &&Value| {
+        let (includes, excludes) = (&call["includes"], &call["excludes"]);
+        let arches = list(&includes["arches"]);
+        list(&includes["caps"]).iter().all(has)
+            && !list(&excludes["caps"]).iter().any(has)
+            && (arches.is_empty() || arches.iter().any(here))
+            && !list(&excludes["arches"]).iter().any(here)
+    };
+    let calls = written["syscalls"].as_array().context("no syscalls")?;
+    let calls: Vec<Value> = calls.iter().filter(applies).map(plain_call).collect();
+    Ok(json!({"defaultAction": written["defaultAction"], "defaultErrnoRet": written["defaultErrnoRet"],
+        "architectures": architectures, "syscalls": calls}))
+}
+
+/// Without the conditions, which were judged.
+fn plain_call(call: &Value) -> Value {
+    let mut plain = json!({"names": call["names"], "action": call["action"]});
+    if !call["errnoRet"].is_null() {
+        plain["errnoRet"] = call["errnoRet"].clone();
+    }
+    if call["args"].as_array().is_some_and(|args| !args.is_empty()) {
+        plain["args"] = call["args"].clone();
+    }
+    plain
+}

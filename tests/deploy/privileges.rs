@@ -1,0 +1,144 @@
+//! Least privilege: with exactly what the DaemonSet gives it the agent does all of its work, and without any part of
+//! that it says what is missing.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use mtls_tests::{Lab, Level, MARKER, Mesh, Mode, PodSpec, eventually, skip};
+
+use crate::container::{Container, NEEDS};
+
+#[test]
+fn with_exactly_its_privileges_an_agent_does_all_of_its_work() -> Result<()> {
+    if skip(&NEEDS) {
+        return Ok(());
+    }
+    let lab = Lab::two_nodes()?;
+    let far = lab.pod("node-a", "far")?;
+    let near = lab.pod("node-b", "near")?;
+    let server = lab.add(PodSpec::new("node-b", "server").port("main", 7000))?;
+    let intruder = lab.outsider("node-a", "intruder")?;
+    let mut mesh = Mesh::start(&lab)?;
+    let mut containers = Vec::new();
+    for node in ["node-a", "node-b"] {
+        mesh.agent(node).kill();
+        let container = Container::agent(&lab, node)?;
+        container.launch(&lab, &mut mesh, node)?;
+        mesh.agent(node).await_ready()?;
+        containers.push(container);
+    }
+    let status = std::fs::read_to_string(format!("/proc/{}/status", containers[0].pid()?))?;
+    let line =
+        |key| status.lines().find_map(|line| line.strip_prefix(key)).map(str::trim).context("no such line");
+    // CAP_NET_ADMIN, CAP_SYS_PTRACE, CAP_SYS_ADMIN.
+    let held = (1u64 << 12) | (1 << 19) | (1 << 21);
+    for set in ["CapEff:", "CapPrm:", "CapBnd:"] {
+        assert_eq!(u64::from_str_radix(line(set)?, 16)?, held, "{set}");
+    }
+    assert_eq!((line("NoNewPrivs:")?, line("Seccomp:")?), ("1", "2"));
+
+    let chained = eventually(Duration::from_secs(5), || {
+        let network =
+            std::fs::read_to_string(containers[0].on_node("cni-conf").join("10-lab.conflist")).ok()?;
+        network.contains("mtls-cni").then_some(())
+    });
+    assert!(chained.is_some(), "its plugin is not in the node's network configuration");
+    assert!(containers[0].on_node("cni-bin").join("mtls-cni").is_file());
+
+    let _echo = server.serve(&["echo", "--listen", "[::]:7000"])?;
+    let to = server.addr(7000).to_string();
+    // A plaintext connection that is open when STRICT comes is reset.
+    let open = intruder.start_app(&["dial", "wait", &to])?;
+    open.json_with("established")?;
+    lab.peer_authentication(Level::Mesh, Mode::Strict)?;
+    assert_eq!(open.json_with("ended")?["ended"], "reset");
+    let refused = eventually(Duration::from_secs(5), || {
+        let answer = intruder.app(&["dial", "echo", &to]).ok()?;
+        (answer["ended"] == "refused").then_some(())
+    });
+    assert!(refused.is_some(), "plaintext is not refused");
+    let wire = lab.watch_wire()?;
+    for client in [&far, &near] {
+        let answer = client.app(&["dial", "echo", &to, "--message", MARKER])?;
+        assert_eq!((&answer["echoed"], &answer["ended"]), (&MARKER.len().into(), &"eof".into()), "{answer}");
+    }
+    let seen = wire.finish()?;
+    assert_eq!(seen.markers(), 0);
+    seen.encrypted(&far, &server)?;
+    // The kubelet's probe gets through.
+    let probe = lab.node("node-b")?.app(&["dial", "echo", &to])?;
+    assert_eq!(probe["ended"], "eof", "{probe}");
+    Ok(())
+}
+
+/// Starts an agent that lacks something, and waits until it says so: as its last words, or as why it is not ready.
+fn says(lab: &Lab, mesh: &mut Mesh, container: &Container, expected: &str) -> Result<()> {
+    let earlier = mesh.agent("node-a").log().len();
+    container.launch(lab, mesh, "node-a")?;
+    let agent = mesh.agent("node-a");
+    let mut said = String::new();
+    let named = eventually(Duration::from_secs(15), || {
+        let is_over = !agent.alive();
+        let ready = agent.get("/healthz/ready").map(|answer| format!("{}: {}", answer.status, answer.body));
+        said = agent.log().split_off(earlier) + &ready.unwrap_or_default();
+        let is_named = said.contains(expected);
+        (is_named || is_over).then_some(is_named && !said.contains("200: "))
+    });
+    agent.kill();
+    anyhow::ensure!(named == Some(true), "it does not say {expected:?}, but: {said}");
+    Ok(())
+}
+
+#[test]
+fn without_one_of_them_it_names_what_is_missing() -> Result<()> {
+    if skip(&NEEDS) {
+        return Ok(());
+    }
+    let lab = Lab::two_nodes()?;
+    lab.pod("node-a", "client")?;
+    let mut mesh = Mesh::start(&lab)?;
+    mesh.agent("node-a").kill();
+    for capability in ["NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE"] {
+        let container = Container::agent(&lab, "node-a")?.without_capability(capability)?;
+        says(&lab, &mut mesh, &container, &format!("capability CAP_{capability} is missing"))?;
+    }
+    let cgroup = lab.node("node-a")?.cgroup().to_string_lossy().into_owned();
+    for (place, named) in [
+        ("/etc/mtls", "cannot read configuration file /etc/mtls/node.config"),
+        ("/sys/fs/bpf", "/sys/fs/bpf/node-a is not in a mounted BPF file system"),
+        (&cgroup, "is not a cgroup2 directory"),
+        ("/run/mtls", "/run/mtls"),
+        ("/host/cni/bin", "/host/cni/bin"),
+        ("/host/cni/conf", "/host/cni/conf"),
+        ("/var/run/secrets/mtls/token", "/var/run/secrets/mtls/token/token"),
+        ("/var/run/secrets/mtls/root", "/var/run/secrets/mtls/root/root-cert.pem"),
+    ] {
+        let container = Container::agent(&lab, "node-a")?.without_mount(place)?;
+        says(&lab, &mut mesh, &container, named).context(place.to_owned())?;
+    }
+    // Nothing of this was for want of something else.
+    let container = Container::agent(&lab, "node-a")?;
+    container.launch(&lab, &mut mesh, "node-a")?;
+    mesh.agent("node-a").await_ready()
+}
+
+/// Why SYS_PTRACE is among them: processes of pods have privileges that the agent has not.
+#[test]
+fn a_pods_namespace_shows_only_to_who_may_look_at_others() -> Result<()> {
+    if skip(&["ip", "setpriv", "stat"]) {
+        return Ok(());
+    }
+    let lab = Lab::two_nodes()?;
+    let pod = lab.pod("node-a", "pod")?;
+    let server = pod.serve(&["echo", "--listen", "[::]:7000"])?;
+    let place = format!("/proc/{}/ns/net", server.pid());
+    let look = |capabilities: &str| -> Result<bool> {
+        let only = format!("--bounding-set=-all,{capabilities}");
+        let node = lab.node("node-a")?;
+        let looked = node.run("setpriv", &["--inh-caps=-all", &only, "stat", "--dereference", &place])?;
+        Ok(looked.status.success())
+    };
+    assert!(look("+net_admin,+sys_admin,+sys_ptrace")?);
+    assert!(!look("+net_admin,+sys_admin")?);
+    Ok(())
+}
