@@ -152,7 +152,9 @@ fn a_pod_with_wrong_paths_is_reported_and_harms_no_other() -> Result<()> {
 /// Starts a second agent with the flags of a running one, but other sockets, and these flags last.
 fn start_another(agent: &mut Agent, flags: &[&str]) -> Result<Finished> {
     let mut args = agent.args().clone();
-    for (flag, value) in [("--admin", "127.0.0.1:15999"), ("--admin-socket", "/tmp/mtls-lab-unused.sock")] {
+    // In the lab's own directory: tests run side by side.
+    let socket = args.iter().skip_while(|arg| *arg != "--admin-socket").nth(1).cloned().unwrap_or_default();
+    for (flag, value) in [("--admin", "127.0.0.1:15999"), ("--admin-socket", &format!("{socket}.another"))] {
         set(&mut args, flag, value);
     }
     for pair in flags.chunks(2) {
