@@ -312,7 +312,8 @@ fn kernel_carried(wish: KernelTls, chosen: &Chosen) -> anyhow::Result<Vec<Cipher
         (Choice::KtlsChacha20Poly1305, CipherSuite::TLS13_CHACHA20_POLY1305_SHA256),
     ];
     let works = suites.into_iter().filter(|(choice, _)| chosen.uses(*choice)).map(|(_, suite)| suite);
-    let works: Vec<CipherSuite> = works.collect();
+    // What the kernel seals is moved by splice(2) alone.
+    let works: Vec<CipherSuite> = works.filter(|_| chosen.uses(Choice::Splice)).collect();
     let (carried, why) = match wish {
         KernelTls::Off => (Vec::new(), "switched off".to_owned()),
         KernelTls::On if works.is_empty() => {
