@@ -22,6 +22,8 @@ const PROFILE: &str = "/usr/share/containers/seccomp.json";
 pub struct Container {
     id: String,
     cgroup: String,
+    /// The lab's cgroup, which is the lab's to remove.
+    lab: PathBuf,
     /// `config.json`, as the OCI runtime specification has it.
     pub config: Value,
     scratch: Scratch,
@@ -36,7 +38,7 @@ impl Container {
         let spec = objects["DaemonSet/mtls-node"].pointer("/spec/template/spec").context("no pod")?;
         let id = scratch.0.file_name().context("no name")?.to_string_lossy().into_owned();
         let config = config(spec, lab, node, &objects, &scratch, &id)?;
-        Ok(Self { cgroup: cgroup(lab, node, &id), id, config, scratch })
+        Ok(Self { cgroup: cgroup(lab, node, &id), lab: lab.cgroup().into(), id, config, scratch })
     }
 
     pub fn without_capability(mut self, name: &str) -> Result<Self> {
@@ -114,8 +116,11 @@ impl Drop for Container {
         // runc makes the directories above its own in each hierarchy of version 1, and leaves them.
         for hierarchy in std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
             let own = hierarchy.path().join(self.cgroup.trim_start_matches('/'));
+            if own.starts_with(&self.lab) {
+                continue;
+            }
             for directory in own.ancestors().take_while(|directory| *directory != hierarchy.path()) {
-                // One that somebody else is in, the lab's own included, can't be removed.
+                // One that somebody else is in can't be removed.
                 let _ = std::fs::remove_dir(directory);
             }
         }

@@ -106,6 +106,8 @@ fn with_exactly_the_rules_installed_all_works_and_each_is_used() -> Result<()> {
     let object = |kind: &str, name: &str| json!({"apiVersion": "v1", "kind": kind, "metadata": {"name": name, "namespace": NAMESPACE}});
     api.delete(&object("Secret", "mtls-ca"))?;
     api.delete(&object("ConfigMap", "mtls-ca-root"))?;
+    // So that the lab waits for the new roots, as a volume without its ConfigMap does.
+    std::fs::remove_file(lab.dir().join("root-cert.pem"))?;
     let earlier = api.requests().len();
     mesh.restart_ca(&lab, &in_cluster())?;
     for node in ["node-a", "node-b"] {

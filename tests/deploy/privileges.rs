@@ -79,10 +79,13 @@ fn says(lab: &Lab, mesh: &mut Mesh, container: &Container, expected: &str) -> Re
     let mut said = String::new();
     let named = eventually(Duration::from_secs(15), || {
         let is_over = !agent.alive();
-        let ready = agent.get("/healthz/ready").map(|answer| format!("{}: {}", answer.status, answer.body));
-        said = agent.log().split_off(earlier) + &ready.unwrap_or_default();
-        let is_named = said.contains(expected);
-        (is_named || is_over).then_some(is_named && !said.contains("200: "))
+        let unready = agent.get("/healthz/ready").ok().filter(|answer| answer.status != 200);
+        let unready = unready.map(|answer| format!("not ready: {}", answer.body));
+        said = agent.log().split_off(earlier) + &unready.unwrap_or_default();
+        let is_trouble =
+            |line: &str| ["WARN", "ERROR", "mtls:", "not ready:"].iter().any(|word| line.contains(word));
+        let is_named = said.lines().any(|line| line.contains(expected) && is_trouble(line));
+        (is_named || is_over).then_some(is_named)
     });
     agent.kill();
     anyhow::ensure!(named == Some(true), "it does not say {expected:?}, but: {said}");
