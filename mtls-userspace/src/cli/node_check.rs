@@ -40,7 +40,7 @@ pub fn main(args: &Args) -> ExitCode {
 fn findings(root: &Path) -> Result<Vec<Finding>, node_check::Error> {
     let places = node_check::places(root)?;
     let features = features::examine(places.cgroup.as_deref(), &places.bpffs.join("mtls"));
-    let can_look = features.machine.capabilities.iter().any(|name| *name == "CAP_SYS_ADMIN");
+    let can_look = features.machine.capabilities.contains(&"CAP_SYS_ADMIN");
     let hooks = features.machine.hooks.iter().map(|hook| hook.program.clone()).collect();
     let mut findings = vec![kernel(&features)];
     findings.extend(node_check::look(&Node { root: root.into(), hooks: can_look.then_some(hooks) })?);

@@ -43,7 +43,7 @@ impl Lab {
     pub fn make() -> Result<Self> {
         let name = format!("{PREFIX}{}", std::process::id());
         let root = capture::mounted_cgroup_root().context("finding the cgroup2 mount")?;
-        remove_leftovers(&root, |path| remove_cgroups(path));
+        remove_leftovers(&root, remove_cgroups);
         remove_leftovers(&std::env::temp_dir(), |path| drop(fs::remove_dir_all(path)));
         let lab =
             Self { dir: std::env::temp_dir().join(&name), cgroup: root.join(name), sets: AtomicU32::new(0) };
