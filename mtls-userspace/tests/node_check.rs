@@ -1,5 +1,7 @@
 //! `mtls node-check` over directories that look like nodes: what is seen, what is said, what is to be set.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
