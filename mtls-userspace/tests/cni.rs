@@ -1,5 +1,7 @@
 //! `mtls cni` as a container runtime calls it, and its place in the node's network configuration.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
