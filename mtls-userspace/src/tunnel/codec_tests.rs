@@ -37,7 +37,6 @@ async fn ends() -> (Codec, Codec) {
     };
     let client = identity(1, "spiffe://cluster.local/ns/a/sa/client");
     let server = identity(2, "spiffe://cluster.local/ns/a/sa/server");
-    let config = crate::tunnel::Config { rekey_after: 1 << 20, ..Default::default() };
     let configs = TlsConfigs::default();
     let (for_client, for_server) = (configs.of(&client).unwrap(), configs.of(&server).unwrap());
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

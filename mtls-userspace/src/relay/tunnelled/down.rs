@@ -30,7 +30,12 @@ pub(super) struct Down {
     /// Handing this direction to the kernel was tried.
     tried: bool,
     /// There when the kernel opens this direction.
-    pipe: Option<Box<Pipe>>,
+    kernel: Option<Box<InKernel>>,
+}
+
+/// A direction whose records the kernel opens.
+struct InKernel {
+    pipe: Pipe,
     /// An error of the tunnel's that waits for what came before it: the kernel tells it once.
     cut: Option<io::Error>,
 }
@@ -38,7 +43,7 @@ pub(super) struct Down {
 impl Down {
     /// Whether something waits in a pipe for the application, so that the tunnel is not read.
     pub fn holds(&self) -> bool {
-        self.pipe.as_ref().is_some_and(|pipe| pipe.held() > 0)
+        self.kernel.as_ref().is_some_and(|kernel| kernel.pipe.held() > 0)
     }
 }
 
@@ -54,7 +59,7 @@ impl Relay<'_> {
                 }
                 (self.app_failed, self.down.dead) = (true, true);
                 self.codec.incoming = Default::default();
-                self.down.pipe = None;
+                self.down.kernel = None;
                 return Poll::Pending;
             }
             if std::mem::take(&mut self.down.fin) {
@@ -67,7 +72,7 @@ impl Relay<'_> {
             if self.down.turn >= TURN {
                 return yield_turn(cx);
             }
-            if self.down.pipe.is_some() {
+            if self.down.kernel.is_some() {
                 ready!(self.poll_splice_tunnel(cx))?;
                 continue;
             }
@@ -130,7 +135,7 @@ impl Relay<'_> {
 
     /// Writes the plaintext found to the application.
     fn poll_deliver(&mut self, cx: &mut Context<'_>) -> Step {
-        if self.down.pipe.is_some() {
+        if self.down.kernel.is_some() {
             return self.poll_drain(cx);
         }
         let at_client = self.codec.order.is_client();
@@ -189,7 +194,7 @@ impl Relay<'_> {
         match handed {
             Ok(pipe) => {
                 self.codec.incoming.release_if_empty();
-                self.down.pipe = Some(Box::new(pipe));
+                self.down.kernel = Some(Box::new(InKernel { pipe, cut: None }));
                 self.progress.kernel_receives();
                 Ok(true)
             }
@@ -203,8 +208,8 @@ impl Relay<'_> {
     /// Moves opened records into the empty pipe, or takes the one that is no data.
     fn poll_splice_tunnel(&mut self, cx: &mut Context<'_>) -> Step {
         let mut records = 0;
-        while let Some(pipe) = &mut self.down.pipe {
-            let filled = match self.down.cut.take() {
+        while let Some(InKernel { pipe, cut }) = self.down.kernel.as_deref_mut() {
+            let filled = match cut.take() {
                 Some(error) => Err(error),
                 None => pipe.fill(self.tunnel, SPLICED),
             };
@@ -220,7 +225,7 @@ impl Relay<'_> {
                 Err(error) if pipe.held() > 0 => {
                     let again = error.kind() == io::ErrorKind::WouldBlock
                         || error.raw_os_error() == Some(libc::EINVAL);
-                    self.down.cut = (!again).then_some(error);
+                    *cut = (!again).then_some(error);
                     break;
                 }
                 Ok(_) if self.codec.order.inbound_closed() => {
@@ -255,7 +260,7 @@ impl Relay<'_> {
 
     /// Gives the application what the pipe holds.
     fn poll_drain(&mut self, cx: &mut Context<'_>) -> Step {
-        while let Some(pipe) = &mut self.down.pipe
+        while let Some(InKernel { pipe, .. }) = self.down.kernel.as_deref_mut()
             && pipe.held() > 0
         {
             match pipe.drain(self.app) {
