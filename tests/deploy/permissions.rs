@@ -59,9 +59,9 @@ fn used(request: &str) -> Option<(String, String)> {
     let (method, rest) = request.split_once(' ')?;
     let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
     let mut parts = path.trim_start_matches('/').split('/').collect::<Vec<_>>();
-    let group = match parts.first()? {
-        &"api" => String::new(),
-        &"apis" => format!(".{}", parts.remove(1)),
+    let group = match *parts.first()? {
+        "api" => String::new(),
+        "apis" => format!(".{}", parts.remove(1)),
         _ => return None,
     };
     let mut parts = parts.get(2..)?;

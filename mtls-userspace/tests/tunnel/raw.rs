@@ -92,10 +92,12 @@ async fn converse(near: &mut TcpStream, far: &mut TcpStream) {
     for _ in 0..4 {
         let (said, heard) = (&block[..1 << 17], &mut vec![0; 1 << 17]);
         let (sent, received) = tokio::join!(near.write_all(said), soon(far.read_exact(heard)));
-        (sent.unwrap(), received.unwrap());
+        sent.unwrap();
+        received.unwrap();
         assert!(heard == said);
         let (sent, received) = tokio::join!(far.write_all(said), soon(near.read_exact(heard)));
-        (sent.unwrap(), received.unwrap());
+        sent.unwrap();
+        received.unwrap();
         assert!(heard == said);
     }
 }
