@@ -261,7 +261,10 @@ fn tune(lab: &Lab, congestion_control: Option<&str>) -> Result<()> {
             sysctl("ipv4/tcp_max_syn_backlog", "8192")?;
             match congestion_control {
                 Some(name) => sysctl("ipv4/tcp_congestion_control", name).with_context(|| {
-                    format!("this kernel has no congestion control {name}: modprobe tcp_{name}")
+                    format!(
+                        "congestion control {name}: modprobe tcp_{name}, and name it in the host's \
+                         net.ipv4.tcp_allowed_congestion_control"
+                    )
                 }),
                 None => Ok(()),
             }

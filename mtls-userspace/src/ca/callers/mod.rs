@@ -4,7 +4,7 @@
 //! | proof | for | revoked by |
 //! |---|---|---|
 //! | [`JoinTokens`] | machines outside a cluster | removing the node from the file |
-//! | [`NodeCertificates`] | machines that have a certificate already, as every kubelet does | the node CA's CRL |
+//! | [`NodeCertificates`] | machines that have a certificate already, as every kubelet does | another node CA: revocation lists are not read here |
 //! | [`ServiceAccounts`] | agents that run as pods | deleting the pod |
 
 use std::sync::Arc;
