@@ -72,7 +72,8 @@ impl Path for Agents {
         let agents_place = Place::make(cgroup_of("a", "ca"))?;
         let root = dir.join("root.pem");
         let tokens = dir.join("tokens.yaml");
-        let token = |node: &str| format!("token-of-{}-{node}", std::process::id());
+        let secret: u128 = rand::random();
+        let token = |node: &str| format!("{secret:032x}-{node}");
         let lines: String = self.nodes().iter().map(|node| format!("{node}: {}\n", token(node))).collect();
         write(&tokens, &lines)?;
         let text = |path: &PathBuf| path.to_string_lossy().into_owned();
