@@ -1,5 +1,7 @@
 //! The demo: sets up, builds for release, and hands over to the program that shows it.
 
+use std::process::Command;
+
 use anyhow::Result;
 
 use crate::build::Build;
@@ -14,8 +16,9 @@ pub fn run() -> Result<()> {
 pub fn show(program: &str, args: &[String]) -> Result<()> {
     step("building (the first time takes minutes)");
     let mtls = Build { release: true }.run()?;
-    call(cargo().args(["build", "--quiet", "--release", "--workspace", "--bin", "lab-app"]))?;
-    let mut command = cargo();
-    command.args(["run", "--quiet", "--release", "--workspace", "--bin", program, "--"]).args(args);
-    call(command.env("MTLS_BIN", mtls))
+    let mut programs = cargo();
+    programs.args(["build", "--quiet", "--release", "--workspace", "--bin", "lab-app", "--bin", program]);
+    call(&mut programs)?;
+    // Cargo puts them beside each other; `cargo run` would choose other features, and build everything again.
+    call(Command::new(mtls.with_file_name(program)).args(args).env("MTLS_BIN", &mtls))
 }
