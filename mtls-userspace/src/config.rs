@@ -20,8 +20,10 @@ use crate::identity::TrustDomain;
 use crate::observe::AccessLog;
 
 mod identity_source;
+mod mesh_source;
 
 pub use identity_source::IdentitySource;
+pub use mesh_source::MeshSource;
 
 /// What `mtls node` was told, before validation.
 #[derive(clap::Args, Deserialize, Default, Debug)]
@@ -170,17 +172,6 @@ pub enum SameNode {
     Direct,
 }
 
-/// Where the mesh is described.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub enum MeshSource {
-    Directory(PathBuf),
-    /// Without a kubeconfig: the API server that Kubernetes names to every pod.
-    Kubernetes {
-        kubeconfig: Option<PathBuf>,
-        annotations: bool,
-    },
-}
-
 /// What `mtls node` runs with.
 #[derive(Debug)]
 pub struct Config {
@@ -253,7 +244,7 @@ impl Options {
         let agent_socket = agent_socket.unwrap_or_else(|| agent_socket::beside(&admin_socket));
         let cni = mistakes.cni(&options, &agent_socket);
         let identities = options.identities(&mut mistakes);
-        let mesh = mistakes.mesh(&options, std::env::var_os(IN_A_POD).is_some());
+        let mesh = options.mesh(std::env::var_os(IN_A_POD).is_some(), &mut mistakes);
         let node = mistakes.required("node", options.node);
         let trust_domain = options.trust_domain.as_deref().unwrap_or("cluster.local").parse::<TrustDomain>();
         if let Err(error) = &trust_domain {
@@ -384,40 +375,6 @@ impl Mistakes {
         })
     }
 
-    fn mesh(&mut self, options: &Options, in_a_pod: bool) -> Option<MeshSource> {
-        let asks_for_api = options.kubernetes || options.kubeconfig.is_some();
-        match &options.manifests {
-            Some(_) if asks_for_api => {
-                self.0.push(
-                    "--manifests and the Kubernetes API (--kubernetes, --kubeconfig) are both given: one \
-                     describes the mesh"
-                        .into(),
-                );
-                None
-            }
-            Some(_) if options.trust_pod_annotations => {
-                self.0.push(
-                    "--trust-pod-annotations is for the Kubernetes API; those of --manifests always count"
-                        .into(),
-                );
-                None
-            }
-            Some(directory) => Some(MeshSource::Directory(directory.clone())),
-            None if asks_for_api || in_a_pod => Some(MeshSource::Kubernetes {
-                kubeconfig: options.kubeconfig.clone(),
-                annotations: options.trust_pod_annotations,
-            }),
-            None => {
-                self.0.push(
-                    "--manifests is missing, and this is no pod of a cluster: give a directory, or the \
-                     --kubeconfig of a cluster"
-                        .into(),
-                );
-                None
-            }
-        }
-    }
-
     fn required<T>(&mut self, flag: &str, value: Option<T>) -> Option<T> {
         if value.is_none() {
             self.0.push(format!("--{flag} is missing"));
@@ -446,31 +403,6 @@ mod tests {
             ca_root: Some("/r".into()),
             ca_token_file: Some("/t".into()),
             ..Options::default()
-        }
-    }
-
-    #[test]
-    fn the_mesh_is_described_in_exactly_one_place() {
-        let of = |options: Options, in_a_pod| {
-            let mut mistakes = Mistakes::default();
-            mistakes.mesh(&options, in_a_pod).ok_or_else(|| mistakes.to_string())
-        };
-        let none = || Options::default();
-        let api = |kubeconfig: Option<&str>| MeshSource::Kubernetes {
-            kubeconfig: kubeconfig.map(PathBuf::from),
-            annotations: false,
-        };
-        assert_eq!(of(complete(), true), Ok(MeshSource::Directory("/m".into())));
-        assert_eq!(of(none(), true), Ok(api(None)));
-        assert_eq!(of(Options { kubernetes: true, ..none() }, false), Ok(api(None)));
-        assert_eq!(of(Options { kubeconfig: Some("/k".into()), ..none() }, false), Ok(api(Some("/k"))));
-        for (options, expected) in [
-            (none(), "--manifests is missing, and this is no pod"),
-            (Options { kubernetes: true, ..complete() }, "both given"),
-            (Options { trust_pod_annotations: true, ..complete() }, "--trust-pod-annotations"),
-        ] {
-            let error = of(options, false).unwrap_err();
-            assert!(error.contains(expected), "{error}");
         }
     }
 

@@ -1,11 +1,11 @@
 //! Plaintext, read into a buffer and written from it: what the agent does between two pods of one node.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
+use anyhow::Result;
 use tokio::net::TcpStream;
 
-use super::{Carried, Ends, OnAccept, Technique, dial, ended};
+use super::{Ends, OnAccept, Technique, ended, onward};
 use crate::relay::{Progress, plain};
 
 pub(super) static TECHNIQUE: Copy = Copy;
@@ -22,20 +22,14 @@ impl Technique for Copy {
     }
 
     fn near(&self, ends: Arc<Ends>) -> OnAccept {
-        onward(ends.tunnel)
+        onward(ends.tunnel, both_ways)
     }
 
     fn far(&self, ends: Arc<Ends>) -> OnAccept {
-        onward(ends.server)
+        onward(ends.server, both_ways)
     }
 }
 
-fn onward(to: SocketAddr) -> OnAccept {
-    Box::new(move |from: TcpStream| -> Carried {
-        Box::pin(async move {
-            from.set_nodelay(true)?;
-            let to = dial(to).await?;
-            ended(plain(&from, &to, &Progress::default(), std::future::pending()).await.end)
-        })
-    })
+async fn both_ways(from: TcpStream, to: TcpStream) -> Result<()> {
+    ended(plain(&from, &to, &Progress::default(), std::future::pending()).await.end)
 }

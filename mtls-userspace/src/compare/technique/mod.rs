@@ -119,6 +119,19 @@ fn serve(netns: &PathBuf, listen: SocketAddr, begin: impl FnOnce() -> OnAccept) 
     })
 }
 
+/// For a relay that needs nothing but both sockets: dials the next hop and lets `carry` move the bytes.
+pub(super) fn onward<F>(to: SocketAddr, carry: fn(TcpStream, TcpStream) -> F) -> OnAccept
+where
+    F: Future<Output = Result<()>> + 'static,
+{
+    Box::new(move |from: TcpStream| -> Carried {
+        Box::pin(async move {
+            from.set_nodelay(true)?;
+            carry(from, dial(to).await?).await
+        })
+    })
+}
+
 /// Dials the next hop.
 pub(super) async fn dial(to: SocketAddr) -> Result<TcpStream> {
     let socket = TcpStream::connect(to).await?;

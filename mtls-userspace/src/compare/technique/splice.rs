@@ -1,13 +1,14 @@
 //! Plaintext moved by splice(2) through a pipe: pages change hands and are never read.
 
 use std::io;
-use std::net::{Shutdown, SocketAddr};
+use std::net::Shutdown;
 use std::sync::Arc;
 
+use anyhow::Result;
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
-use super::{Carried, Ends, OnAccept, Technique, dial};
+use super::{Ends, OnAccept, Technique, onward};
 use crate::relay::Pipe;
 
 pub(super) static TECHNIQUE: Splice = Splice;
@@ -27,23 +28,17 @@ impl Technique for Splice {
     }
 
     fn near(&self, ends: Arc<Ends>) -> OnAccept {
-        onward(ends.tunnel)
+        onward(ends.tunnel, both_ways)
     }
 
     fn far(&self, ends: Arc<Ends>) -> OnAccept {
-        onward(ends.server)
+        onward(ends.server, both_ways)
     }
 }
 
-fn onward(to: SocketAddr) -> OnAccept {
-    Box::new(move |from: TcpStream| -> Carried {
-        Box::pin(async move {
-            from.set_nodelay(true)?;
-            let to = dial(to).await?;
-            tokio::try_join!(one_way(&from, &to), one_way(&to, &from))?;
-            Ok(())
-        })
-    })
+async fn both_ways(from: TcpStream, to: TcpStream) -> Result<()> {
+    tokio::try_join!(one_way(&from, &to), one_way(&to, &from))?;
+    Ok(())
 }
 
 async fn one_way(from: &TcpStream, to: &TcpStream) -> io::Result<()> {
