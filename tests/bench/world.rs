@@ -262,8 +262,8 @@ fn tune(lab: &Lab, congestion_control: Option<&str>) -> Result<()> {
             match congestion_control {
                 Some(name) => sysctl("ipv4/tcp_congestion_control", name).with_context(|| {
                     format!(
-                        "congestion control {name}: modprobe tcp_{name}, and name it in the host's \
-                         net.ipv4.tcp_allowed_congestion_control"
+                        "this kernel has no congestion control {name} for namespaces: modprobe tcp_{name}, and name it in \
+                         the host's net.ipv4.tcp_allowed_congestion_control"
                     )
                 }),
                 None => Ok(()),
