@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -20,10 +20,12 @@ mod check;
 mod cluster;
 mod directory;
 mod error;
+mod files;
 mod hosts;
 mod interner;
 mod manifests;
 mod objects;
+mod parts;
 mod pod;
 mod service;
 mod source;
@@ -31,7 +33,7 @@ mod vip;
 
 pub use check::{Finding, Severity, check};
 pub use error::{Error, InvalidAddress, NoObject, Place};
-pub use objects::{Objects, Placed};
+pub use objects::{Key, Objects};
 pub use source::{Scope, Source};
 
 pub use hosts::NodeName;
@@ -39,8 +41,10 @@ pub use interner::Labels;
 pub use service::ServedPort;
 pub use vip::Health;
 
-use hosts::{Host, Hosts};
-use interner::Interner;
+use files::Files;
+use hosts::Hosts;
+use objects::Concerned;
+use parts::Parts;
 use service::Services;
 use vip::{Endpoint, Vantage};
 
@@ -119,36 +123,19 @@ impl Mesh {
     /// # Errors
     ///
     /// The first object that contradicts itself or another, with the place it was read.
-    pub fn build(objects: &Objects, settings: &Settings, generation: u64) -> Result<Self, Error> {
-        let mut warnings = Vec::new();
-        let mut interner = Interner::default();
-        let pods = pod::live_pods(objects, settings, &mut interner, &mut warnings)?;
-        let by_address: HashMap<IpAddr, Arc<Workload>> = pods
-            .iter()
-            .filter(|pod| !pod.host_network)
-            .flat_map(|pod| pod.workload.addresses.iter().map(|address| (*address, pod.workload.clone())))
-            .collect();
-        let services = Services::new(objects, &pods, &mut interner, &mut warnings)?;
-        let starting = pod::starting_pods(objects, settings, &mut interner)?;
-        let hosts: Vec<Host> =
-            objects.nodes.iter().map(|placed| Host::read(&placed.object, &mut interner)).collect();
-        let workloads: Vec<Arc<Workload>> = pods.into_iter().map(|pod| pod.workload).collect();
-        let policies = Policies::new(
-            objects.peer_authentications.iter().map(|placed| &placed.object),
-            objects.authorization_policies.iter().map(|placed| &placed.object),
-            &workloads,
-            &settings.root_namespace,
-        );
-        Ok(Self {
-            generation,
-            workloads: Arc::new(workloads),
-            starting: Arc::new(starting),
-            policies: Arc::new(policies),
-            by_address: Arc::new(by_address),
-            services: Arc::new(services),
-            hosts: Arc::new(Hosts::new(hosts.iter())),
-            warnings,
-        })
+    pub fn build(objects: &mut Objects, settings: &Settings, generation: u64) -> Result<Self, Error> {
+        Ok(Parts::default().anew(&mut [objects], Concerned::ALL, settings)?.mesh(generation))
+    }
+
+    /// Reads every manifest of a directory, once.
+    ///
+    /// # Errors
+    ///
+    /// The first thing in it that can't be read or understood.
+    pub fn from_directory(directory: &Path, settings: &Settings) -> Result<Self, Error> {
+        let mut files = Files::default();
+        files.refresh(directory, settings)?;
+        Ok(files.parts(&Parts::default(), settings)?.mesh(0))
     }
 
     /// The workload that owns an address, enrolled or not. Pods on the host network own none: the node's address

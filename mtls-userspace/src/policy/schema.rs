@@ -123,13 +123,18 @@ impl From<Written<AuthorizationPolicySpec>> for AuthorizationPolicy {
     }
 }
 
-/// A misspelt value must not turn a trial into enforcement, nor an enforced policy into a trial.
+/// Only as much of it as is ever asked for. A misspelt value must not turn a trial into enforcement, nor an enforced
+/// policy into a trial.
 fn metadata<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
-    let metadata = ObjectMeta::deserialize(deserializer)?;
-    match metadata.annotations.as_ref().and_then(|a| a.get(DRY_RUN)).map(String::as_str) {
-        None | Some("true" | "false") => Ok(metadata),
-        Some(value) => Err(serde::de::Error::custom(Invalid::DryRun { value: value.into() })),
+    let ObjectMeta { name, namespace, creation_timestamp, annotations, .. } =
+        ObjectMeta::deserialize(deserializer)?;
+    let dry_run = annotations.and_then(|mut annotations| annotations.remove_entry(DRY_RUN));
+    match dry_run.as_ref().map(|(_, value)| value.as_str()) {
+        None | Some("true" | "false") => {}
+        Some(value) => return Err(serde::de::Error::custom(Invalid::DryRun { value: value.into() })),
     }
+    let annotations = dry_run.map(|entry| BTreeMap::from([entry]));
+    Ok(ObjectMeta { name, namespace, creation_timestamp, annotations, ..ObjectMeta::default() })
 }
 
 #[derive(Deserialize)]
