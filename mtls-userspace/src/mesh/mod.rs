@@ -234,6 +234,11 @@ impl Mesh {
         addresses
     }
 
+    /// What [`Self::captured_addresses`] depends on.
+    pub fn addresses(&self) -> Addresses {
+        Addresses { workloads: self.by_address.clone(), services: self.services.clone() }
+    }
+
     /// Enrolled workloads on a node.
     pub fn enrolled_on<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Arc<Workload>> {
         self.workloads.iter().filter(move |w| w.enrolled && w.node.as_deref() == Some(node))
@@ -258,6 +263,19 @@ impl Mesh {
     /// What in the objects is not honoured as written. Policies have their own: [`Policies::warnings`].
     pub fn warnings(&self) -> &[Warning] {
         &self.warnings
+    }
+}
+
+/// Who has which address: equal only to that of snapshots that share it.
+#[derive(Clone, Debug)]
+pub struct Addresses {
+    workloads: Arc<HashMap<IpAddr, Arc<Workload>>>,
+    services: Arc<Services>,
+}
+
+impl PartialEq for Addresses {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.workloads, &other.workloads) && Arc::ptr_eq(&self.services, &other.services)
     }
 }
 
