@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -79,9 +79,9 @@ pub struct Workload {
     /// (name, port) of each TCP container port.
     pub ports: Vec<(Option<Arc<str>>, u16)>,
     /// From the annotation `mtls.dev/netns`: path of the pod's network namespace.
-    pub netns: Option<PathBuf>,
+    pub netns: Option<Box<Path>>,
     /// From the annotation `mtls.dev/cgroup`: path of the pod's cgroup2 directory.
-    pub cgroup: Option<PathBuf>,
+    pub cgroup: Option<Box<Path>>,
 }
 
 impl Workload {

@@ -1,8 +1,7 @@
 //! The Kubernetes objects a mesh is built from, each stripped to what a mesh uses as soon as it is read: what a
 //! directory of a hundred thousand pods is kept as between two changes.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 
@@ -186,19 +185,21 @@ impl Objects {
 }
 
 /// An error for each object that is defined again.
-pub(super) fn duplicates<'o>(files: impl Iterator<Item = &'o Objects>, concerned: Concerned) -> Vec<Error> {
-    let mut seen: HashMap<(&str, &Key), (&Objects, Spot)> = HashMap::new();
+pub(super) fn duplicates<'o>(
+    files: impl Iterator<Item = &'o Objects> + Clone,
+    concerned: Concerned,
+) -> Vec<Error> {
+    let all = || files.clone().flat_map(|file| file.spots(concerned).map(move |it| (file, it)));
+    let mut seen: HashSet<(&str, &Key)> = HashSet::new();
     let mut duplicates = Vec::new();
-    for file in files {
-        for (kind, key, spot) in file.spots(concerned) {
-            match seen.entry((kind, key)) {
-                Entry::Vacant(vacant) => drop(vacant.insert((file, spot))),
-                Entry::Occupied(first) => {
-                    let (other, there) = *first.get();
-                    let (first, second) = (other.place(there), file.place(spot));
-                    duplicates.push(Error::Duplicate { object: key.called(kind), first, second });
-                }
-            }
+    for (file, (kind, key, spot)) in all() {
+        if seen.insert((kind, key)) {
+            continue;
+        }
+        // Rare; only then is it worth finding out where the first one is.
+        if let Some((other, (_, _, there))) = all().find(|(_, it)| (it.0, it.1) == (kind, key)) {
+            let (first, second) = (other.place(there), file.place(spot));
+            duplicates.push(Error::Duplicate { object: key.called(kind), first, second });
         }
     }
     duplicates

@@ -4,12 +4,11 @@ use std::cmp::Ordering;
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Container, Pod};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 
 use super::error::{Error, InvalidAddress};
 use super::interner::Interner;
@@ -143,7 +142,7 @@ struct Candidate<'o> {
 }
 
 impl Candidate<'_> {
-    fn created(&self) -> Option<Timestamp> {
+    fn created(&self) -> Moment {
         self.written.single.age.created
     }
 }
@@ -215,11 +214,21 @@ fn readiness(pod: &Pod) -> Readiness {
 }
 
 /// Ordered from the one that has lost its address to the one that has it now.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(super) struct Age {
     stays: bool,
-    created: Option<Timestamp>,
-    started: Option<Timestamp>,
+    created: Moment,
+    started: Moment,
+}
+
+/// In microseconds since 1970; one that is not known is before all others.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+struct Moment(i64);
+
+impl Moment {
+    fn of(time: Option<&Time>) -> Self {
+        Self(time.map_or(i64::MIN, |time| time.0.as_microsecond()))
+    }
 }
 
 impl Single {
@@ -237,6 +246,7 @@ impl Single {
         if workload.addresses.is_empty() && workload.node.is_none() {
             return Ok(None);
         }
+        let metadata = &pod.metadata;
         let started = pod.status.as_ref().and_then(|status| status.start_time.as_ref());
         Ok(Some(Self {
             workload: Arc::new(workload),
@@ -244,9 +254,9 @@ impl Single {
             elsewhere: takes_part(pod, false),
             host_network: host_network(pod),
             age: Age {
-                stays: pod.metadata.deletion_timestamp.is_none(),
-                created: created(pod),
-                started: started.map(|time| time.0),
+                stays: metadata.deletion_timestamp.is_none(),
+                created: Moment::of(metadata.creation_timestamp.as_ref()),
+                started: Moment::of(started),
             },
         }))
     }
@@ -287,16 +297,13 @@ fn addresses(placed: &Placed<Pod>) -> Result<Vec<IpAddr>, Error> {
             addresses.push(address);
         }
     }
+    addresses.shrink_to_fit();
     Ok(addresses)
 }
 
 pub(super) fn parse_address(text: &str) -> Result<IpAddr, InvalidAddress> {
     let address: Result<IpAddr, _> = text.parse();
     address.map(|a| a.to_canonical()).map_err(|_| InvalidAddress::NotAnAddress { text: text.to_owned() })
-}
-
-fn created(pod: &Pod) -> Option<Timestamp> {
-    pod.metadata.creation_timestamp.as_ref().map(|time| time.0)
 }
 
 /// Not enrolled; that is for the caller to say.
@@ -361,7 +368,8 @@ fn ports(placed: &Placed<Pod>, interner: &mut Interner) -> Result<Vec<NamedPort>
     // Of the init containers only sidecars serve while the pod runs.
     let sidecar = |c: &&Container| c.restart_policy.as_deref() == Some("Always");
     let sidecars = spec.and_then(|s| s.init_containers.as_ref()).into_iter().flatten().filter(sidecar);
-    spec.iter()
+    let ports: Result<Vec<NamedPort>, Error> = spec
+        .iter()
         .flat_map(|s| &s.containers)
         .chain(sidecars)
         .flat_map(|container| container.ports.iter().flatten())
@@ -375,14 +383,18 @@ fn ports(placed: &Placed<Pod>, interner: &mut Interner) -> Result<Vec<NamedPort>
             })?;
             Ok((port.name.as_deref().map(|name| interner.text(name)), number))
         })
-        .collect()
+        .collect();
+    ports.map(|mut ports| {
+        ports.shrink_to_fit();
+        ports
+    })
 }
 
 pub(super) fn parse_port(port: i64) -> Result<u16, InvalidAddress> {
     u16::try_from(port).ok().filter(|port| *port > 0).ok_or(InvalidAddress::NotAPort { port })
 }
 
-fn path(placed: &Placed<Pod>, annotation: &'static str) -> Result<Option<PathBuf>, Error> {
+fn path(placed: &Placed<Pod>, annotation: &'static str) -> Result<Option<Box<Path>>, Error> {
     let annotations = placed.object.metadata.annotations.as_ref();
     let Some(value) = annotations.and_then(|annotations| annotations.get(annotation)) else {
         return Ok(None);
@@ -395,5 +407,5 @@ fn path(placed: &Placed<Pod>, annotation: &'static str) -> Result<Option<PathBuf
             value: value.clone(),
         });
     }
-    Ok(Some(value.into()))
+    Ok(Some(Path::new(value).into()))
 }

@@ -240,6 +240,7 @@ impl Front {
             };
             ports.push(FrontPort { name: port.name.as_deref().unwrap_or_default().into(), number, target });
         }
+        ports.shrink_to_fit();
         Ok(Some(Self {
             name: key(&placed.object.metadata).into(),
             vips,
@@ -345,6 +346,8 @@ impl Slice {
             let address = parse_address(address).map_err(|problem| wrong("endpoints.addresses", problem))?;
             slice.endpoints.push(Place::read(endpoint, address, interner));
         }
+        slice.ports.shrink_to_fit();
+        slice.endpoints.shrink_to_fit();
         Ok(Some((format!("{}/{service}", namespace(metadata)), slice)))
     }
 }
@@ -384,6 +387,7 @@ fn vips(placed: &Placed<Service>, spec: &ServiceSpec) -> Result<Vec<IpAddr>, Err
             vips.push(vip);
         }
     }
+    vips.shrink_to_fit();
     Ok(vips)
 }
 

@@ -283,6 +283,7 @@ impl TryFrom<WrittenRule> for Rule {
             }
         }
         clauses.extend(written.when.unwrap_or_default().into_iter().map(|term| Clause(vec![term])));
+        clauses.shrink_to_fit();
         Ok(Self { clauses })
     }
 }
@@ -351,7 +352,8 @@ impl Term {
         any: Option<Vec<W>>,
         none: Option<Vec<W>>,
     ) {
-        let plain = |written: Option<Vec<W>>| written.into_iter().flatten().map(Into::into).collect();
+        let plain =
+            |written: Option<Vec<W>>| written.unwrap_or_default().into_iter().map(Into::into).collect();
         let values = Values { any: plain(any), none: plain(none) };
         if !values.any.is_empty() || !values.none.is_empty() {
             self.fields.push(field(values));
@@ -365,7 +367,8 @@ impl Term {
     }
 
     /// An empty source would match everybody; nobody writes that and means it.
-    fn not_empty(self, field: &'static str) -> Result<Self, Invalid> {
+    fn not_empty(mut self, field: &'static str) -> Result<Self, Invalid> {
+        self.fields.shrink_to_fit();
         if self.fields.is_empty() && self.l7.is_empty() {
             Err(Invalid::EmptyTerm { field })
         } else {
