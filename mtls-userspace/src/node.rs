@@ -105,8 +105,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         retransmit: usual.retransmit.filter(|_| chosen.uses(Choice::TcpRtoMax)),
         raw_after: (!kernel.is_empty()).then_some(config.kernel_tls_after),
         kernel,
+        congestion: config.tunnel_congestion.clone(),
         ..usual
     });
+    tunnel.check()?;
     tokio::spawn(follow_trust(identities.clone(), tunnel.clone()));
     let workers = (0..config.workers)
         .map(|index| {
