@@ -102,7 +102,7 @@ impl Files {
                 }
                 Outcome::Other(file) => {
                     self.concerned.add(file.objects.concerned());
-                    if let Some(before) = self.files.insert(path.clone(), file) {
+                    if let Some(before) = self.files.insert(path.clone(), *file) {
                         self.concerned.add(before.objects.concerned());
                     }
                 }
@@ -145,7 +145,7 @@ impl Files {
             return Ok(Outcome::Same { settled });
         }
         let (objects, errors) = manifests::read(path, &text, settings, &self.interner);
-        Ok(Outcome::Other(File { stamp, settled, digest, objects, errors }))
+        Ok(Outcome::Other(Box::new(File { stamp, settled, digest, objects, errors })))
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -192,7 +192,7 @@ impl Files {
 
 enum Outcome {
     Same { settled: bool },
-    Other(File),
+    Other(Box<File>),
 }
 
 /// `*.yaml`, `*.yml` and `*.json` of a directory and its subdirectories. Names with a leading dot are passed over:

@@ -55,11 +55,14 @@ pub struct Objects {
     pub(super) pods: Vec<Stripped<Option<WrittenPod>>>,
     /// None: a Service without an address of its own.
     pub(super) services: Vec<Stripped<Option<WrittenService>>>,
-    /// With the `namespace/name` of the Service; none for slices of names, or of no Service.
-    pub(super) endpoint_slices: Vec<Stripped<Option<(Arc<str>, Slice)>>>,
+    /// None: a slice of names, or of no Service.
+    pub(super) endpoint_slices: Vec<Stripped<Option<WrittenSlice>>>,
     pub(super) peer_authentications: Vec<Stripped<PeerAuthentication>>,
     pub(super) authorization_policies: Vec<Stripped<AuthorizationPolicy>>,
 }
+
+/// With the `namespace/name` of the Service.
+pub(super) type WrittenSlice = (Arc<str>, Slice);
 
 /// The parts of a mesh that objects have a say in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

@@ -76,7 +76,7 @@ impl State {
                 });
                 let Some(other_key) = other_key else { continue };
                 // Of two that nothing tells apart an enrolled one: a wrong identity is refused, plaintext is not.
-                let rank = |it: &Single, key: &Key| (it.age.clone(), it.workload.enrolled, key.clone());
+                let rank = |it: &Single, key: &Key| (it.age, it.workload.enrolled, key.clone());
                 let (winner, loser) = if rank(single, key) > rank(other, other_key) {
                     ((single, key), other_key)
                 } else {
