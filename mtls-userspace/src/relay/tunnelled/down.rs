@@ -125,7 +125,9 @@ impl Relay<'_> {
                 Ok(0) => return Poll::Ready(Err(self.tunnel_end(End::Truncated))),
                 Ok(n) => {
                     self.down.large = incoming.is_full() || n > SLOT;
-                    self.down.steady.received(self.tunnel, n);
+                    if self.down.large {
+                        self.down.steady.received(self.tunnel, n);
+                    }
                     return Poll::Ready(Ok(()));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
