@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 
 use super::Arch;
-use crate::{build, call, cargo, setup, step};
+use crate::{build, call, cargo, setup, step, toolchain};
 
 /// Links the development build once more, statically, and puts it beside the ordinary one as `mtls-static`.
 pub fn beside_the_dynamic_one() -> Result<PathBuf> {
@@ -41,16 +41,15 @@ pub fn release(arch: Arch) -> Result<PathBuf> {
     ]);
     command.args(["--target", target, "--message-format=json-render-diagnostics"]);
     command.arg("--target-dir").arg(build::workspace().join("target/image/build"));
-    // Where it was built is nobody's business, and would make each machine's build another one.
-    let workspace = build::workspace().canonicalize()?;
-    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
-    let home = home.or_else(|| Some(std::env::home_dir()?.join(".cargo"))).context("no home directory")?;
-    let flags = [
-        "-Ctarget-feature=+crt-static".to_owned(),
-        format!("--remap-path-prefix={}=/mtls", workspace.display()),
-        format!("--remap-path-prefix={}=/cargo", home.display()),
-    ];
-    command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+    let mut flags = vec!["-Ctarget-feature=+crt-static".to_owned()];
+    // The linker would make a number of what is stripped afterwards.
+    flags.push("-Clink-arg=-Wl,--build-id=none".to_owned());
+    let places = toolchain::remapped_paths();
+    // What is written in C, too.
+    let in_c: Vec<String> =
+        places.iter().map(|flag| flag.replace("--remap-path-prefix", "-ffile-prefix-map")).collect();
+    flags.extend(places);
+    command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f")).env("CFLAGS", in_c.join(" "));
     executable(&mut command)
 }
 
