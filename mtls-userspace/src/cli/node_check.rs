@@ -43,8 +43,10 @@ pub fn main(args: &Args) -> ExitCode {
     });
     // Whoever stopped reading has seen enough; the exit code is what counts.
     let _ = print(&findings, title.as_deref(), args.output, &mut io::stdout().lock());
-    while is_ready && args.stay {
-        std::thread::park();
+    if is_ready && args.stay {
+        loop {
+            std::thread::park();
+        }
     }
     if is_ready { ExitCode::SUCCESS } else { ExitCode::from(NOT_YET) }
 }
