@@ -35,10 +35,14 @@ impl Cgroup {
         if filesystem.filesystem_type() != CGROUP2_SUPER_MAGIC {
             return Err(not_cgroup(None));
         }
-        let path = path.canonicalize().map_err(|error| not_cgroup(Some(error)))?;
         let file = File::open(&path).map_err(|error| not_cgroup(Some(error)))?;
-        let id = file.metadata().map_err(|error| not_cgroup(Some(error)))?.ino();
-        Ok(Self { path, file, id })
+        let metadata = file.metadata().map_err(|error| not_cgroup(Some(error)))?;
+        // A path through another process's root (/proc/1/root) would lead elsewhere once it is resolved by name.
+        let is_same = |resolved: &PathBuf| {
+            fs::metadata(resolved).is_ok_and(|it| (it.dev(), it.ino()) == (metadata.dev(), metadata.ino()))
+        };
+        let resolved = path.canonicalize().ok().filter(is_same);
+        Ok(Self { path: resolved.unwrap_or(path), file, id: metadata.ino() })
     }
 }
 

@@ -16,12 +16,14 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::DynamicObject;
 
+use super::callers::{Caller, Callers, Calling};
 use super::kept::{Kept, Key, Uid};
 use super::policies::{self, Refused};
 use crate::mesh::hosts::{Host, Hosts};
 use crate::mesh::interner::Interner;
 use crate::mesh::objects::{Placed, called};
 use crate::mesh::pod::{Single, enrols, forget_annotated_place};
+use crate::mesh::server_calls::ServerCalls;
 use crate::mesh::service::{Front, Services, Slice, Table};
 use crate::mesh::{Error, Place, Settings, Warning, Workload};
 use crate::policy::{AuthorizationPolicy, PeerAuthentication, Policies};
@@ -38,6 +40,8 @@ pub(super) enum Kind {
     EndpointSlice,
     PeerAuthentication,
     AuthorizationPolicy,
+    /// Says what the API server dials; only reports depend on it.
+    Caller(Caller),
 }
 
 /// An object as it came.
@@ -50,6 +54,7 @@ pub(super) enum Object {
     EndpointSlice(Box<EndpointSlice>),
     PeerAuthentication(Box<DynamicObject>),
     AuthorizationPolicy(Box<DynamicObject>),
+    Caller(Caller, Box<Calling>),
 }
 
 pub(super) struct State {
@@ -69,6 +74,7 @@ pub(super) struct State {
     tables: HashMap<Arc<str>, Table>,
     peer_authentications: Kept<PeerAuthentication>,
     authorization_policies: Kept<AuthorizationPolicy>,
+    callers: Callers,
     /// Objects that can't be understood as they are, with the reason.
     faults: BTreeMap<String, String>,
     fresh: Fresh,
@@ -81,6 +87,7 @@ struct Fresh {
     pods: bool,
     hosts: bool,
     policies: bool,
+    callers: bool,
     services: HashSet<Arc<str>>,
 }
 
@@ -93,6 +100,7 @@ struct Parts {
     services: Arc<Services>,
     hosts: Arc<Hosts>,
     policies: Arc<Policies>,
+    calls: Arc<ServerCalls>,
     claims: Vec<Warning>,
     affinities: Vec<Warning>,
     /// Since then pods have changed under the policies.
@@ -115,8 +123,10 @@ impl State {
             tables: HashMap::new(),
             peer_authentications: Kept::default(),
             authorization_policies: Kept::default(),
+            callers: Callers::default(),
             faults: BTreeMap::new(),
-            fresh: Fresh::default(),
+            // Of whom nothing is known yet, that is to be said.
+            fresh: Fresh { callers: true, ..Fresh::default() },
             last: Parts::default(),
         }
     }
@@ -127,7 +137,8 @@ impl State {
     }
 
     pub(super) fn is_fresh(&self) -> bool {
-        self.fresh.pods || self.fresh.hosts || self.fresh.policies || !self.fresh.services.is_empty()
+        let Fresh { pods, hosts, policies, callers, services } = &self.fresh;
+        *pods || *hosts || *policies || *callers || !services.is_empty()
     }
 
     /// Whether a kind was listed completely, once.
@@ -140,6 +151,7 @@ impl State {
             Kind::EndpointSlice => self.slices.complete,
             Kind::PeerAuthentication => self.peer_authentications.complete,
             Kind::AuthorizationPolicy => self.authorization_policies.complete,
+            Kind::Caller(caller) => self.callers.of(caller).complete,
         }
     }
 
@@ -148,6 +160,10 @@ impl State {
         match kind {
             Kind::PeerAuthentication => self.peer_authentications.complete = true,
             Kind::AuthorizationPolicy => self.authorization_policies.complete = true,
+            Kind::Caller(caller) => {
+                self.callers.of_mut(caller).complete = true;
+                self.fresh.callers = true;
+            }
             _ => {}
         }
     }
@@ -161,6 +177,7 @@ impl State {
             Kind::EndpointSlice => self.slices.begin(),
             Kind::PeerAuthentication => self.peer_authentications.begin(),
             Kind::AuthorizationPolicy => self.authorization_policies.begin(),
+            Kind::Caller(caller) => self.callers.of_mut(caller).begin(),
         }
     }
 
@@ -185,6 +202,10 @@ impl State {
             Kind::PeerAuthentication => self.fresh.policies |= !self.peer_authentications.end().is_empty(),
             Kind::AuthorizationPolicy => {
                 self.fresh.policies |= !self.authorization_policies.end().is_empty();
+            }
+            Kind::Caller(caller) => {
+                self.callers.of_mut(caller).end();
+                self.fresh.callers = true;
             }
         }
     }
@@ -220,6 +241,10 @@ impl State {
             Object::AuthorizationPolicy(written) => {
                 let read = policies::authorization_policy(&written, &self.place);
                 keep_policy(&mut self.authorization_policies, key, uid, read, &mut self.fresh.policies)
+            }
+            Object::Caller(caller, calling) => {
+                self.fresh.callers |= self.callers.put(caller, &calling, &mut self.interner);
+                Ok(())
             }
         };
         match outcome {
@@ -272,6 +297,11 @@ impl State {
                 self.fresh.policies |= removed;
                 removed
             }
+            Object::Caller(caller, _) => {
+                let removed = self.callers.of_mut(*caller).remove(&key, uid).is_some();
+                self.fresh.callers |= removed;
+                removed
+            }
         };
         // An object that never was in good order has nothing but its fault.
         if was_there || !self.is_kept(object, &key) {
@@ -288,6 +318,7 @@ impl State {
             Object::EndpointSlice(_) => self.slices.get(key).is_some(),
             Object::PeerAuthentication(_) => self.peer_authentications.get(key).is_some(),
             Object::AuthorizationPolicy(_) => self.authorization_policies.get(key).is_some(),
+            Object::Caller(caller, _) => self.callers.of(*caller).get(key).is_some(),
         }
     }
 
@@ -421,6 +452,7 @@ impl Object {
             Self::Service(it) => &it.metadata,
             Self::EndpointSlice(it) => &it.metadata,
             Self::PeerAuthentication(it) | Self::AuthorizationPolicy(it) => &it.metadata,
+            Self::Caller(_, it) => &it.metadata,
         }
     }
 
@@ -433,6 +465,7 @@ impl Object {
             Self::EndpointSlice(_) => "EndpointSlice",
             Self::PeerAuthentication(_) => "PeerAuthentication",
             Self::AuthorizationPolicy(_) => "AuthorizationPolicy",
+            Self::Caller(caller, _) => caller.kind(),
         }
     }
 }

@@ -40,6 +40,9 @@ impl State {
         if fresh.hosts {
             self.last.hosts = Arc::new(Hosts::new(self.hosts.values()));
         }
+        if fresh.callers {
+            self.last.calls = Arc::new(self.callers.calls());
+        }
         if !fresh.services.is_empty() {
             self.services_anew(fresh.services);
         }
@@ -52,13 +55,24 @@ impl State {
                 &self.settings.root_namespace,
             ));
         }
-        let Parts { workloads, starting, by_address, services, hosts, policies, claims, affinities, .. } =
-            &self.last;
+        let Parts {
+            workloads,
+            starting,
+            by_address,
+            services,
+            hosts,
+            policies,
+            calls,
+            claims,
+            affinities,
+            ..
+        } = &self.last;
         Mesh {
             generation,
             workloads: workloads.clone(),
             starting: starting.clone(),
             policies: policies.clone(),
+            server_calls: calls.clone(),
             by_address: by_address.clone(),
             services: services.clone(),
             hosts: hosts.clone(),
