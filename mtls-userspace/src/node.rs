@@ -105,6 +105,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         retransmit: usual.retransmit.filter(|_| chosen.uses(Choice::TcpRtoMax)),
         raw_after: (!kernel.is_empty()).then_some(config.kernel_tls_after),
         kernel,
+        kernel_rekey: chosen.uses(Choice::KtlsRekey),
         ..usual
     });
     tokio::spawn(follow_trust(identities.clone(), tunnel.clone()));

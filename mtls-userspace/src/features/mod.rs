@@ -86,6 +86,12 @@ fn of_choice(choice: Choice) -> Feature {
         Choice::KtlsChacha20Poly1305 => {
             optional(name, "the same for ChaCha20-Poly1305", "5.11, CONFIG_TLS", records)
         }
+        Choice::KtlsRekey => optional(
+            name,
+            "a stream in the kernel outlives its first key",
+            "6.14, CONFIG_TLS",
+            "it ends with a reset when the peer changes its key, or when ours is used up",
+        ),
         Choice::Splice => optional(name, "moving bytes without copying them", "2.6.17", "bytes are copied"),
         Choice::TcpRtoMax => optional(
             name,
@@ -101,15 +107,6 @@ fn of_choice(choice: Choice) -> Feature {
         ),
     }
 }
-
-/// Nothing the agent has a choice about: it never hands the kernel a second key, and bounds how many records it sends
-/// under the first.
-const KTLS_REKEY: Feature = optional(
-    "ktls-rekey",
-    "a peer that changes its key on a stream the kernel carries",
-    "6.14, CONFIG_TLS",
-    "such a connection ends with an error",
-);
 
 /// A feature, and what came of trying it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -154,7 +151,6 @@ pub fn examine(cgroup_root: Option<&Path>, bpffs: &Path) -> Report {
     // By now the kernel has loaded what it loads on demand.
     let more = Choice::ALL.into_iter().filter(|choice| *choice != Choice::SocketDestroy);
     features.extend(more.map(|choice| Finding::new(of_choice(choice), path::attempt(choice))));
-    features.push(Finding::new(KTLS_REKEY, ktls::rekey()));
     features.sort_by_key(|finding| !finding.feature.required);
     let can_run = !features.iter().any(|finding| finding.feature.required && finding.works == Some(false));
     let machine = Machine::look(findings.cgroup_root.as_deref(), bpffs, findings.occupants);
@@ -169,7 +165,7 @@ mod tests {
     fn every_feature_has_a_name_of_its_own() {
         let parts = Part::ALL.into_iter().map(of_part);
         let more = Choice::ALL.into_iter().filter(|choice| *choice != Choice::SocketDestroy).map(of_choice);
-        let mut names: Vec<_> = parts.chain(more).chain([KTLS_REKEY]).map(|feature| feature.name).collect();
+        let mut names: Vec<_> = parts.chain(more).map(|feature| feature.name).collect();
         let count = names.len();
         names.sort_unstable();
         names.dedup();
