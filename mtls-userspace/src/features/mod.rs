@@ -48,6 +48,7 @@ const fn optional(
 fn of_part(part: Part) -> Feature {
     let name = part.name();
     match part {
+        Part::Object => required(name, "everything below: what is loaded into the kernel", "4.9 (BPF)"),
         Part::Capabilities => required(name, "loading programs, entering pods' namespaces", "5.8 (CAP_BPF)"),
         Part::Cgroup => required(name, "attaching hooks to pods' processes", "4.5"),
         Part::Bpffs => required(name, "enforcement that outlives the agent", "4.4"),

@@ -39,6 +39,7 @@ pub struct Obstacle {
 /// One part of what the agent needs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Part {
+    Object,
     Capabilities,
     Cgroup,
     Bpffs,
@@ -133,6 +134,9 @@ fn kernel_half(scratch: &Scratch, report: &mut Report) {
     };
     let mut object = match kernel::open(&pins) {
         Ok(object) => object,
+        Err(error @ (Error::NoObject | Error::StaleObject { .. })) => {
+            return report.put(Part::Object, Err::<String, _>(error));
+        }
         Err(error) => {
             // Which kind of map it was, if it was one.
             let kind = MAPS.into_iter().find(|(_, name)| kernel::is_about_map(&error, name));
@@ -151,6 +155,9 @@ fn kernel_half(scratch: &Scratch, report: &mut Report) {
         if let Err(obstacle) = attached {
             report.put(part, Err::<String, _>(obstacle));
         }
+    }
+    if !report.passed() {
+        report.put(Part::Object, Ok::<_, Obstacle>("opened"));
     }
 }
 
@@ -213,7 +220,8 @@ impl Report {
 }
 
 impl Part {
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
+        Self::Object,
         Self::Capabilities,
         Self::Cgroup,
         Self::Bpffs,
@@ -238,6 +246,7 @@ impl Part {
     /// The name by which people know it.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Object => "bpf-object",
             Self::Capabilities => "capabilities",
             Self::Cgroup => "cgroup2",
             Self::Bpffs => "bpffs",
