@@ -17,12 +17,13 @@ use crate::kernel_tls;
 /// A case and what holds if it passes, for a person; it returns what it saw.
 type Case = (&'static str, fn(&mut Scene) -> Result<String>);
 
-const CASES: [Case; 9] = [
+const CASES: [Case; 10] = [
     ("mutual TLS between two nodes", mutual_tls),
     ("original addresses at both ends", original_addresses),
     ("same node, authenticated", same_node),
     ("STRICT refuses plaintext", strict),
     ("a killed agent leaves STRICT in force, the next adopts it", adoption),
+    ("same node, direct: without the agent once it has let them", same_node_direct),
     ("what the agent needs works, each part tried", features),
     ("kernel TLS, or the reported fallback", kernel_tls::reported),
     ("the tunnel's tests with records in the kernel, or in userspace as reported", kernel_tls::tunnel_suite),
@@ -193,6 +194,32 @@ fn adoption(scene: &mut Scene) -> Result<String> {
     scene.echoes(&scene.far, scene.server.addr(7000))?;
     scene.refuses(&scene.stranger).context("after the next agent took over")?;
     Ok(format!("ready again in {ready} ms"))
+}
+
+/// From here on the second node's agent lets pods of its node speak by themselves.
+fn same_node_direct(scene: &mut Scene) -> Result<String> {
+    let agent = scene.mesh.agent("node-b");
+    agent.kill();
+    let args = agent.args();
+    let place = args.iter().position(|arg| arg == "--same-node").context("no --same-node")?;
+    "direct".clone_into(args.get_mut(place + 1).context("no --same-node")?);
+    agent.start()?;
+    let mut connections = 0;
+    let direct = eventually(Duration::from_secs(30), || {
+        let accepted = direct_accepted(scene)?;
+        scene.echoes(&scene.near, scene.server.addr(7000)).ok()?;
+        connections += 1;
+        (direct_accepted(scene)? > accepted).then_some(())
+    });
+    direct.context("every connection goes through the agent")?;
+    scene.echoes(&scene.far, scene.server.addr(7000))?;
+    scene.refuses(&scene.stranger)?;
+    Ok(format!("connection {connections} went directly; a stranger's is refused"))
+}
+
+fn direct_accepted(scene: &mut Scene) -> Option<f64> {
+    let metrics = scene.mesh.agent("node-b").metrics().ok()?;
+    Some(metrics.sum("mtls_kernel_events_total", &[("counter", "direct_accepted")]))
 }
 
 /// `mtls lab features` in the agent's place; its findings stand on the console too, for the table of kernels.

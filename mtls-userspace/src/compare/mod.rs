@@ -120,6 +120,12 @@ fn start(lab: &Lab, paths: &[Box<dyn Path>], results: &mut Results) -> Result<Ve
 fn measure(plan: &Plan, ways: &[Way], results: &mut Results) -> Result<()> {
     let weighed = ways.iter().filter(|way| way.weighs()).count();
     let mut progress = Progress::new(ways.len() * WORKLOADS.len() * plan.repetitions + weighed);
+    // First: what loads have left behind in a process would be used again, and look like nothing.
+    for way in ways.iter().filter(|way| way.weighs()) {
+        let name = "idle connections";
+        progress.begin(&way.name.path, name);
+        note(results, &mut progress, way, name, load::idle(&way.carrier, plan.idle))?;
+    }
     for _ in 0..plan.repetitions {
         for workload in &WORKLOADS {
             // In turns, so that whatever else the machine does hits everybody.
@@ -129,11 +135,6 @@ fn measure(plan: &Plan, ways: &[Way], results: &mut Results) -> Result<()> {
                 note(results, &mut progress, way, workload.name, measured)?;
             }
         }
-    }
-    for way in ways.iter().filter(|way| way.weighs()) {
-        let name = "idle connections";
-        progress.begin(&way.name.path, name);
-        note(results, &mut progress, way, name, load::idle(&way.carrier, plan.idle))?;
     }
     progress.end();
     Ok(())
