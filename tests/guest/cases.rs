@@ -23,7 +23,10 @@ const CASES: [Case; 10] = [
     ("same node, authenticated", same_node),
     ("STRICT refuses plaintext", strict),
     ("a killed agent leaves STRICT in force, the next adopts it", adoption),
-    ("same node, direct: without the agent once it has let them", same_node_direct),
+    (
+        "`--same-node direct`: without the agent once it has let them, or an error at the start",
+        same_node_direct,
+    ),
     ("what the agent needs works, each part tried", features),
     ("kernel TLS, or the reported fallback", kernel_tls::reported),
     ("the tunnel's tests with records in the kernel, or in userspace as reported", kernel_tls::tunnel_suite),
@@ -198,7 +201,20 @@ fn adoption(scene: &mut Scene) -> Result<String> {
 
 /// From here on the second node's agent lets pods of its node speak by themselves.
 fn same_node_direct(scene: &mut Scene) -> Result<String> {
+    let report = scene.examine()?;
+    let findings = report["features"].as_array().context("no features in the report")?;
+    let finding = findings.iter().find(|finding| finding["name"] == "same-node-direct");
+    let works = finding.context("no finding on direct connections")?["works"] == true;
     let agent = scene.mesh.agent("node-b");
+    if !works {
+        let mut command = agent.command()?;
+        command.args(agent.args().iter().map(|arg| if arg == "relay" { "direct" } else { arg }));
+        let finished = Running::start(command)?.finish()?;
+        let said =
+            finished.stderr.lines().find(|line| line.contains("--same-node direct")).map(str::to_owned);
+        ensure!(!finished.status.success(), "an agent started that should have refused");
+        return Ok(format!("refused at the start: {}", said.context("without naming the setting")?));
+    }
     agent.kill();
     let args = agent.args();
     let place = args.iter().position(|arg| arg == "--same-node").context("no --same-node")?;

@@ -109,6 +109,18 @@ fn of_choice(choice: Choice) -> Feature {
     }
 }
 
+const SAME_NODE_DIRECT: Feature = optional(
+    "same-node-direct",
+    "`--same-node direct`",
+    "5.19, where there is Multipath TCP",
+    "no agent with that setting; `relay` and `encrypt` do without",
+);
+
+/// Why an agent can't let pods of its node speak directly, if so.
+pub fn against_same_node_direct() -> Option<String> {
+    probe::same_node_direct().err().map(|obstacle| obstacle.reason)
+}
+
 /// A feature, and what came of trying it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Finding {
@@ -152,6 +164,7 @@ pub fn examine(cgroup_root: Option<&Path>, bpffs: &Path) -> Report {
     // By now the kernel has loaded what it loads on demand.
     let more = Choice::ALL.into_iter().filter(|choice| *choice != Choice::SocketDestroy);
     features.extend(more.map(|choice| Finding::new(of_choice(choice), path::attempt(choice))));
+    features.push(Finding::new(SAME_NODE_DIRECT, probe::same_node_direct()));
     features.sort_by_key(|finding| !finding.feature.required);
     let can_run = !features.iter().any(|finding| finding.feature.required && finding.works == Some(false));
     let machine = Machine::look(findings.cgroup_root.as_deref(), bpffs, findings.occupants);
@@ -166,7 +179,8 @@ mod tests {
     fn every_feature_has_a_name_of_its_own() {
         let parts = Part::ALL.into_iter().map(of_part);
         let more = Choice::ALL.into_iter().filter(|choice| *choice != Choice::SocketDestroy).map(of_choice);
-        let mut names: Vec<_> = parts.chain(more).map(|feature| feature.name).collect();
+        let mut names: Vec<_> =
+            parts.chain(more).chain([SAME_NODE_DIRECT]).map(|feature| feature.name).collect();
         let count = names.len();
         names.sort_unstable();
         names.dedup();

@@ -178,6 +178,17 @@ pub fn socket_destroy() -> Outcome {
     }
 }
 
+/// Whether every socket that must not go directly is known: one of Multipath TCP outlives the reset of its subflow.
+pub fn same_node_direct() -> Outcome {
+    match (preflight::has_mptcp(), preflight::tells_mptcp()) {
+        (false, _) => Ok("there is no Multipath TCP".into()),
+        (true, true) => Ok("Multipath TCP is told from TCP".into()),
+        (true, false) => Err(Obstacle::said(
+            "sockets of Multipath TCP look like those of TCP: connect hooks lack bpf_skc_to_mptcp_sock",
+        )),
+    }
+}
+
 fn occupants(cgroup: &preflight::Cgroup) -> Vec<Occupant> {
     let names = kernel::program_names();
     let mut found = Vec::new();
