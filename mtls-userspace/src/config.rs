@@ -134,6 +134,9 @@ pub struct Options {
     /// Congestion control of the pods' loopback legs; `host` leaves it alone [default: cubic, else reno]
     #[arg(long, value_name = "NAME")]
     loopback_congestion: Option<String>,
+    /// Congestion control of the tunnels between nodes [default: the host's]
+    #[arg(long, value_name = "NAME")]
+    tunnel_congestion: Option<String>,
     /// Not what the kernel is found to do: NAME=on must work, NAME=off is left alone; names are those of `mtls lab features`
     #[arg(long, value_name = "NAME=on|off")]
     feature: Vec<Forced>,
@@ -200,6 +203,8 @@ pub struct Config {
     /// Congestion control on the legs that never leave a pod, where a paced one (BBR) costs a third of the throughput.
     /// Absent: cubic, else reno. Empty: the host's choice.
     pub loopback_congestion: Option<String>,
+    /// Congestion control between the nodes. Absent: the host's choice.
+    pub tunnel_congestion: Option<String>,
     pub kernel_tls: KernelTls,
     /// Bytes.
     pub kernel_tls_after: u64,
@@ -286,6 +291,7 @@ impl Options {
             loopback_congestion: options
                 .loopback_congestion
                 .map(|name| if name == "host" { String::new() } else { name }),
+            tunnel_congestion: options.tunnel_congestion.filter(|name| name != "host"),
             kernel_tls: options.kernel_tls.unwrap_or_default(),
             kernel_tls_after: options.kernel_tls_after.unwrap_or(64 << 20),
             features: options.feature,
@@ -339,6 +345,7 @@ impl Options {
             access_log: self.access_log.or(file.access_log),
             drain: self.drain.or(file.drain),
             loopback_congestion: self.loopback_congestion.or(file.loopback_congestion),
+            tunnel_congestion: self.tunnel_congestion.or(file.tunnel_congestion),
             kernel_tls: self.kernel_tls.or(file.kernel_tls),
             kernel_tls_after: self.kernel_tls_after.or(file.kernel_tls_after),
             // The last word on a feature counts.

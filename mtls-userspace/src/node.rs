@@ -111,8 +111,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         raw_after: (!kernel.is_empty()).then_some(config.kernel_tls_after),
         kernel,
         kernel_rekey: chosen.uses(Choice::KtlsRekey),
+        congestion: config.tunnel_congestion.clone(),
         ..usual
     });
+    tunnel.check()?;
     tokio::spawn(follow_trust(identities.clone(), tunnel.clone()));
     let workers = (0..config.workers)
         .map(|index| {

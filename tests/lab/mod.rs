@@ -1,7 +1,7 @@
 //! The lab: names of nodes and pods in, a small cluster made of network namespaces and cgroups out.
 //!
 //! ```text
-//!   pod ─ veth ─ cni0 [node-a] eth0 ─ port1 [wire] port2 ─ eth0 [node-b] cni0 ─ veth ─ pod
+//!   pod ─ veth ─ [node-a] eth0 ─ port1 [wire] port2 ─ eth0 [node-b] ─ veth ─ pod
 //! ```
 //!
 //! A node is a namespace that routes for its pods; a pod is a namespace and a cgroup. The lab describes itself in

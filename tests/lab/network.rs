@@ -133,12 +133,7 @@ pub fn join_wire(wire: &Netns, node: &Netns, index: u8, nodes: u8) -> Result<()>
         node.name()
     ))?;
     let (a4, a6) = (plan::node(index), plan::node6(index));
-    let (gw4, gw6) = (plan::pod(index, 1), plan::pod6(index, 1));
-    let mut batch = format!(
-        "addr add {a4}/24 dev eth0\naddr add {a6}/64 dev eth0 nodad\nlink set eth0 up\n\
-         link add cni0 type bridge mcast_snooping 0\naddr add {gw4}/24 dev cni0\naddr add {gw6}/64 dev cni0 nodad\n\
-         link set cni0 up\n"
-    );
+    let mut batch = format!("addr add {a4}/24 dev eth0\naddr add {a6}/64 dev eth0 nodad\nlink set eth0 up\n");
     for other in (1..=nodes).filter(|other| *other != index) {
         batch += &format!(
             "route add {}/24 via {}\nroute add {}/64 via {}\n",
@@ -156,16 +151,20 @@ pub fn lay_wire(wire: &Netns) -> Result<()> {
     wire.ip("link add wire type bridge mcast_snooping 0\nlink set wire up\n")
 }
 
-/// Connects a pod to its node's bridge with both its addresses.
+/// Connects a pod to its node with both its addresses, routed and without a bridge, as kindnet, Calico and the big clouds'
+/// plugins do: the node's end of each pair has the gateway's address.
 pub fn join_node(node: &Netns, pod: &Netns, node_index: u8, index: u8) -> Result<()> {
-    node.ip(&format!(
-        "link add pod{index} type veth peer name eth0 netns {}\nlink set pod{index} master cni0 up\n",
-        pod.name()
-    ))?;
     let (a4, a6) = (plan::pod(node_index, index), plan::pod6(node_index, index));
     let (gw4, gw6) = (plan::pod(node_index, 1), plan::pod6(node_index, 1));
+    node.ip(&format!(
+        "link add pod{index} type veth peer name eth0 netns {}\nlink set pod{index} up\n\
+         addr add {gw4}/32 dev pod{index}\naddr add {gw6}/128 dev pod{index} nodad\n\
+         route add {a4}/32 dev pod{index}\nroute add {a6}/128 dev pod{index}\n",
+        pod.name()
+    ))?;
     pod.ip(&format!(
-        "addr add {a4}/24 dev eth0\naddr add {a6}/64 dev eth0 nodad\nlink set eth0 up\n\
+        "addr add {a4}/32 dev eth0\naddr add {a6}/128 dev eth0 nodad\nlink set eth0 up\n\
+         route add {gw4}/32 dev eth0\nroute add {gw6}/128 dev eth0\n\
          route add default via {gw4}\nroute add default via {gw6}\n"
     ))
 }

@@ -62,12 +62,13 @@ fn what_the_command_line_gets_wrong_is_named() -> Result<()> {
     std::fs::write(&config, "drian: 5\n")?;
     let config = config.to_string_lossy().into_owned();
     let nowhere = "/sys/fs/cgroup/no/such/group";
-    let cases: [(&[&str], &str); 5] = [
+    let cases: [(&[&str], &str); 6] = [
         (&["--no-such-flag"], "--no-such-flag"),
         (&["--config", &config], "drian"),
         (&["--cgroup-root", nowhere], nowhere),
         (&["--manifests", "/no/such/manifests"], "/no/such/manifests"),
         (&["--trust-domain", "Not A Domain"], "Not A Domain"),
+        (&["--tunnel-congestion", "pigeon"], "--tunnel-congestion pigeon"),
     ];
     for (flags, named) in cases {
         let finished = start_another(agent, flags)?;

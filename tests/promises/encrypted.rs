@@ -37,13 +37,13 @@ fn no_plaintext_on_the_wire() -> Result<()> {
 }
 
 #[test]
-fn bytes_of_one_node_stay_off_its_bridge() -> Result<()> {
+fn bytes_of_one_node_never_reach_its_network() -> Result<()> {
     needs!();
     let mut scene = Scene::new()?;
     let outsider = scene.lab.outsider("node-b", "outsider")?;
     let _echo = scene.server.serve(&["echo", "--listen", "[::]:7000"])?;
     let _plain = outsider.serve(&["echo", "--listen", "[::]:7000"])?;
-    let bridge = scene.lab.watch_pod(&scene.near)?;
+    let network = scene.lab.watch_pod(&scene.near)?;
     let to = scene.server.addr(7000).to_string();
     assert_echoed(&scene.near.app(&["dial", "echo", &to, "--message", MARKER])?);
     // The capture would see it: this one goes to a pod that isn't enrolled.
@@ -54,7 +54,7 @@ fn bytes_of_one_node_stay_off_its_bridge() -> Result<()> {
         "--message",
         MARKER,
     ])?);
-    let seen = bridge.finish()?;
+    let seen = network.finish()?;
     assert_eq!(seen.between(&scene.near, &scene.server).count(), 0, "{seen:?}");
     assert_eq!(seen.between(&scene.near, &outsider).map(|flow| flow.markers).sum::<u64>(), 2);
     let line = scene.mesh.agent("node-b").access_log_line("same node", |line| line["path"] == "same_node")?;
@@ -67,10 +67,30 @@ fn one_node_can_be_told_to_encrypt_too() -> Result<()> {
     needs!();
     let scene = Scene::with(&Options { same_node: "encrypt", ..Options::default() })?;
     let _echo = scene.server.serve(&["echo", "--listen", "[::]:7000"])?;
-    let bridge = scene.lab.watch_pod(&scene.server)?;
+    let network = scene.lab.watch_pod(&scene.server)?;
     let to = scene.server.addr(7000).to_string();
     assert_echoed(&scene.near.app(&["dial", "echo", &to, "--message", MARKER])?);
-    bridge.finish()?.encrypted(&scene.near, &scene.server)?;
+    network.finish()?.encrypted(&scene.near, &scene.server)?;
+    Ok(())
+}
+
+#[test]
+fn tunnels_have_the_hosts_congestion_control_unless_told_otherwise() -> Result<()> {
+    needs!();
+    let usual = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control")?;
+    for (flags, expected) in [(&[][..], usual.trim()), (&["--tunnel-congestion", "reno"], "reno")] {
+        let node_flags = flags.iter().map(|&flag| flag.to_owned()).collect();
+        let scene = Scene::with(&Options { node_flags, ..Options::default() })?;
+        let _echo = scene.server.serve(&["echo", "--listen", "[::]:7000"])?;
+        assert_echoed(&scene.far.app(&["dial", "echo", &scene.server.addr(7000).to_string()])?);
+        // The tunnel stays open, idle, at both ends.
+        for (pod, filter) in [(&scene.far, "dport = :15008"), (&scene.server, "sport = :15008")] {
+            let sockets = pod.run("ss", &["-tinH", "state", "established", filter])?.stdout;
+            let words: Vec<_> = sockets.split_whitespace().collect();
+            assert!(words.contains(&expected), "{expected}:\n{sockets}");
+            assert!(expected == "reno" || !words.contains(&"reno"), "{expected}:\n{sockets}");
+        }
+    }
     Ok(())
 }
 

@@ -35,7 +35,7 @@ impl Acceptor {
     pub async fn accept(&self, tcp: TcpStream, identity: &Arc<Identity>) -> Result<ServerTunnel, Error> {
         let config = &*self.config;
         let configs = config.tls.of(identity)?;
-        socket::prepare_tunnel(&tcp, config.retransmit, config.receive_buffer)?;
+        socket::prepare_tunnel(&tcp, config)?;
         let shaking = async {
             // A peer that says nothing takes nobody's turn.
             tcp.readable().await?;

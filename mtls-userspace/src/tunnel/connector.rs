@@ -83,7 +83,7 @@ impl Connector {
             .await
             .map_err(|_| Error::ConnectTimedOut { address, waited: config.connect_timeout })?
             .map_err(|source| Error::Connect { address, source })?;
-        socket::prepare_tunnel(&tcp, config.retransmit, config.receive_buffer)?;
+        socket::prepare_tunnel(&tcp, config)?;
         let shaking = self.gate.pass(|| handshake::client(&tcp, identity, &configs, config));
         let established = timeout(config.handshake_timeout, shaking)
             .await

@@ -85,6 +85,8 @@ pub struct Config {
     /// A tunnel's receive buffer, which bounds how far a writer runs ahead of a reader that sleeps; `None` leaves it
     /// to the kernel's tuning. 2 MiB are 16 Gbit/s at a millisecond's round trip.
     pub receive_buffer: Option<usize>,
+    /// Congestion control of the tunnels' connections; `None` leaves the host's.
+    pub congestion: Option<String>,
     /// Idle tunnels a worker keeps to one destination, and in all.
     pub idle_per_destination: usize,
     pub idle_total: usize,
@@ -103,6 +105,19 @@ pub struct Config {
 }
 
 impl Config {
+    /// Tries what the kernel must be able to do for this configuration.
+    ///
+    /// # Errors
+    ///
+    /// Names the option that cannot be.
+    pub fn check(&self) -> Result<(), Error> {
+        match &self.congestion {
+            Some(name) => socket::accepts_congestion(name)
+                .map_err(|source| Error::UnknownCongestion { name: name.clone(), source }),
+            None => Ok(()),
+        }
+    }
+
     /// To be called with each identity that has changed: peers that its roots and revocation lists no longer vouch for
     /// lose their tunnels at once, idle or in use.
     ///
@@ -144,6 +159,7 @@ impl Default for Config {
             idle_server: Duration::from_secs(90),
             retransmit: Some(Duration::from_secs(2)),
             receive_buffer: Some(2 << 20),
+            congestion: None,
             idle_per_destination: 64,
             idle_total: 1024,
             rekey_after: 1 << 22,
@@ -226,6 +242,12 @@ pub enum Error {
 
     #[error("{peer} is no longer trusted: {failure}")]
     Distrusted { peer: SpiffeId, failure: HandshakeFailure },
+
+    #[error(
+        "--tunnel-congestion {name}: this kernel cannot ({source}); it has what \
+         /proc/sys/net/ipv4/tcp_available_congestion_control lists, and the modules tcp_NAME that it can load"
+    )]
+    UnknownCongestion { name: String, source: io::Error },
 
     #[error("the tunnel is in the middle of another stream")]
     Busy,

@@ -9,6 +9,8 @@ use socket2::{SockRef, TcpKeepalive};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
+use super::Config;
+
 /// Receives if the socket is thought readable. After a short read it is thought drained, and the next call says
 /// `WouldBlock` without asking the kernel: an edge-triggered event will follow if more arrives.
 pub(crate) fn receive(socket: &TcpStream, into: &mut [u8]) -> io::Result<usize> {
@@ -126,27 +128,26 @@ pub(crate) fn finish_on_close(socket: &TcpStream) {
     let _ = SockRef::from(socket).set_linger(None);
 }
 
-/// Bytes that may wait unsent in a socket's send buffer: beyond what the receiver's window takes, they would only let
-/// a writer run further ahead of a reader that sleeps.
-pub(crate) const UNSENT: u32 = 512 * 1024;
+/// Bytes that may wait unsent in a socket's send buffer. More would let a writer run further ahead of a reader that
+/// sleeps, and leave the core's cache before they are sent.
+pub(crate) const UNSENT: u32 = 128 * 1024;
 
-/// Options of a socket that carries a tunnel. `receive` bounds what is received ahead of a reader that sleeps.
+/// Options of a socket that carries a tunnel.
 ///
 /// Not `TCP_USER_TIMEOUT`: it also counts the time a live peer's window is closed, and so ends the connection of a
 /// reader that sleeps (`tcp_probe_timer`).
-pub(crate) fn prepare_tunnel(
-    socket: &TcpStream,
-    retransmit: Option<Duration>,
-    receive: Option<usize>,
-) -> io::Result<()> {
+pub(crate) fn prepare_tunnel(socket: &TcpStream, config: &Config) -> io::Result<()> {
     let socket = SockRef::from(socket);
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_notsent_lowat(UNSENT)?;
-    if let Some(longest) = retransmit {
+    if let Some(name) = &config.congestion {
+        socket.set_tcp_congestion(name.as_bytes())?;
+    }
+    if let Some(longest) = config.retransmit {
         // A kernel that has no such option keeps its longer waits.
         let _ = set_rto_max(&socket, longest);
     }
-    if let Some(bytes) = receive {
+    if let Some(bytes) = config.receive_buffer {
         bound_receive(&socket, bytes)?;
     }
     socket.set_tcp_keepalive(
@@ -155,6 +156,12 @@ pub(crate) fn prepare_tunnel(
             .with_interval(Duration::from_secs(10))
             .with_retries(3),
     )
+}
+
+/// Whether connections may have this congestion control; the kernel loads its module if need be.
+pub(crate) fn accepts_congestion(name: &str) -> io::Result<()> {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None)?;
+    socket.set_tcp_congestion(name.as_bytes())
 }
 
 fn set_rto_max(socket: &socket2::Socket, longest: Duration) -> io::Result<()> {

@@ -73,6 +73,31 @@ async fn either_side_may_end_its_direction_and_still_receive() {
     assert_eq!(agents.handshakes(), 1);
 }
 
+/// Whoever gathers a fast stream's bytes must hand out those before a pause, and find none of it on the next stream.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn few_bytes_behind_many_are_not_kept_back() {
+    let mut agents = agents().await;
+    for _ in 0..2 {
+        let (mut near, mut far) = soon(agents.connect()).await;
+        for _ in 0..3 {
+            let sent = vec![7; 32 << 20];
+            let mut received = vec![0; sent.len()];
+            let (written, read) = tokio::join!(near.write_all(&sent), far.read_exact(&mut received));
+            written.unwrap();
+            read.unwrap();
+            assert!(received == sent);
+            for turn in 0..40 {
+                let (from, to) = if turn % 2 == 0 { (&mut near, &mut far) } else { (&mut far, &mut near) };
+                from.write_all(b"few").await.unwrap();
+                let mut few = [0; 3];
+                soon(to.read_exact(&mut few)).await.unwrap();
+            }
+        }
+        drop((near, far));
+        soon(agents.client_reports.recv()).await.unwrap();
+    }
+}
+
 /// A gibibyte each way at once, in writes of random size.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_gibibyte_of_random_writes_arrives_unchanged_both_ways() {

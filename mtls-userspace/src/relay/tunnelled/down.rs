@@ -6,10 +6,11 @@ use std::task::{Context, Poll, ready};
 
 use socket2::SockRef;
 
+use super::steady::Steady;
 use super::{End, Relay, Step, TURN, yield_turn};
 use crate::relay::is_reset;
 use crate::relay::pipe::Pipe;
-use crate::tunnel::{MAX_RANGES, Pulled, RecordError, SLOT, SLOTS, Size, send, send_vectored};
+use crate::tunnel::{MAX_RANGES, Pulled, RecordError, SLOT, Size, send, send_vectored};
 
 /// Taken from the kernel at once; one record in fact.
 const SPLICED: usize = 64 * 1024;
@@ -20,6 +21,7 @@ pub(super) struct Down {
     delivered: usize,
     offset: usize,
     large: bool,
+    pub steady: Steady,
     /// A FIN waits for the ranges before it.
     pub fin: bool,
     /// The application can't be written to any more.
@@ -105,7 +107,11 @@ impl Relay<'_> {
         };
         loop {
             self.codec.incoming.release_if_empty();
-            ready!(self.tunnel.poll_read_ready(cx)).map_err(End::Io)?;
+            let readable = self.tunnel.poll_read_ready(cx);
+            if readable.is_pending() {
+                self.down.steady.poll_pause(self.tunnel, cx);
+            }
+            ready!(readable).map_err(End::Io)?;
             let incoming = &mut self.codec.incoming;
             let size = if self.down.large { Size::Large } else { Size::Small };
             match incoming.receive(self.tunnel, size, limit) {
@@ -115,7 +121,8 @@ impl Relay<'_> {
                 }
                 Ok(0) => return Poll::Ready(Err(self.tunnel_end(End::Truncated))),
                 Ok(n) => {
-                    self.down.large = incoming.is_full() || n > SLOTS / 2 * SLOT;
+                    self.down.large = incoming.is_full() || n > SLOT;
+                    self.down.steady.received(self.tunnel, n);
                     return Poll::Ready(Ok(()));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -187,6 +194,7 @@ impl Relay<'_> {
             return Ok(false);
         }
         self.down.tried = true;
+        self.down.steady.end(self.tunnel);
         let handed = Pipe::new().and_then(|pipe| self.codec.hand_over_receiving(self.tunnel).map(|()| pipe));
         match handed {
             Ok(pipe) => {

@@ -19,6 +19,7 @@ use super::watch::Watch;
 use super::{End, Progress, Report};
 
 mod down;
+mod steady;
 mod up;
 
 use down::Down;
@@ -53,7 +54,7 @@ pub async fn tunnelled(
             rejection: None,
         };
         let mut watch = None;
-        std::future::poll_fn(|cx| {
+        let end = std::future::poll_fn(|cx| {
             if Pin::new(&mut stop).poll(cx).is_ready() {
                 return Poll::Ready(End::Revoked);
             }
@@ -65,7 +66,9 @@ pub async fn tunnelled(
             }
             polled
         })
-        .await
+        .await;
+        relay.down.steady.end(relay.tunnel);
+        end
     };
     match end {
         End::Clean => finish_on_close(app),

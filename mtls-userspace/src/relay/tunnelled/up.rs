@@ -135,7 +135,7 @@ impl Relay<'_> {
             Err(error) if is_reset(&error) => return Err(End::AppReset),
             Err(error) => return Err(End::Io(error)),
         };
-        self.up.large = received == slots * MAX_DATA || received > SLOTS / 2 * MAX_DATA;
+        self.up.large = received >= MAX_DATA;
         self.up.start = self.codec.seal_head(&mut buffer[..HEADROOM]).map_err(End::Tunnel)?;
         let mut end = HEADROOM;
         let mut left = received;
