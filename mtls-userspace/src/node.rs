@@ -23,7 +23,7 @@ use crate::door::Door;
 use crate::drain::{Drain, Working};
 use crate::enrolment::Enrolment;
 use crate::explain;
-use crate::features::{Choice, Chosen};
+use crate::features::{self, Choice, Chosen};
 use crate::identity::{self, Identities};
 use crate::inspect::Inspection;
 use crate::kubernetes::Cluster;
@@ -95,6 +95,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         inbox.clone(),
     );
     let watch = Arc::new(watch.context("kernel half")?);
+    if config.same_node == SameNode::Direct
+        && let Some(why) = features::against_same_node_direct()
+    {
+        anyhow::bail!("--same-node direct can't work on this kernel: {why}; use relay or encrypt");
+    }
     let direct = Direct::new(
         config.node.clone(),
         config.same_node == SameNode::Direct,
@@ -110,6 +115,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         retransmit: usual.retransmit.filter(|_| chosen.uses(Choice::TcpRtoMax)),
         raw_after: (!kernel.is_empty()).then_some(config.kernel_tls_after),
         kernel,
+        kernel_rekey: chosen.uses(Choice::KtlsRekey),
         congestion: config.tunnel_congestion.clone(),
         ..usual
     });

@@ -141,11 +141,14 @@ pub(super) fn features() -> Result<(), Error> {
     Ok(())
 }
 
+pub(super) fn has_mptcp() -> bool {
+    Path::new("/proc/sys/net/mptcp").exists()
+}
+
 /// Whether a connect hook can tell that a socket is a subflow of MPTCP. Without MPTCP there are none.
 pub(super) fn tells_mptcp() -> bool {
     const HELPER: BpfHelper = BpfHelper::BPF_FUNC_skc_to_mptcp_sock;
-    Path::new("/proc/sys/net/mptcp").exists()
-        && is_helper_supported(ProgramType::CgroupSockAddr, HELPER).unwrap_or(false)
+    has_mptcp() && is_helper_supported(ProgramType::CgroupSockAddr, HELPER).unwrap_or(false)
 }
 
 /// The congestion control of loopback legs; the kernel loads its module if need be.

@@ -10,7 +10,7 @@ use super::steady::Steady;
 use super::{End, Relay, Step, TURN, yield_turn};
 use crate::relay::is_reset;
 use crate::relay::pipe::Pipe;
-use crate::tunnel::{Error, MAX_RANGES, Pulled, RecordError, SLOT, Size, send, send_vectored};
+use crate::tunnel::{MAX_RANGES, Pulled, RecordError, SLOT, Size, send, send_vectored};
 
 /// Taken from the kernel at once; one record in fact.
 const SPLICED: usize = 64 * 1024;
@@ -88,9 +88,6 @@ impl Relay<'_> {
                 // Records of the raw direction may stand behind it already.
                 Pulled::Raw => continue,
                 Pulled::Data | Pulled::Open(_) => {}
-            }
-            if self.up.kernel.is_some() && self.codec.key_update_owed() {
-                return Poll::Ready(Err(End::Tunnel(Error::KeyInKernel)));
             }
             if self.hand_over_receiving()? {
                 continue;
@@ -225,6 +222,7 @@ impl Relay<'_> {
             };
             match filled {
                 Ok(n) if n > 0 => {
+                    self.codec.opened_in_kernel();
                     records += 1;
                     if records >= pipe.records {
                         break;
