@@ -10,8 +10,6 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 # shellcheck source-path=SCRIPTDIR source=../sample/steps.sh
 . "$root/deploy/sample/steps.sh"
 
-cluster=mtls
-
 # kind's nodes are containers: each has its own cgroup namespace and its own /sys/fs/bpf.
 on_node() {
     local node=$1
@@ -19,29 +17,13 @@ on_node() {
     docker exec "$node" "$@"
 }
 
-up() {
-    local archive node
-    archive=$(image_archive)
-    if ! kind get clusters | grep -qx "$cluster"; then
-        say "creating the cluster"
-        kind create cluster --config "$root/deploy/kind/cluster.yaml" --wait 180s \
-            ${KIND_NODE_IMAGE:+--image "$KIND_NODE_IMAGE"}
-    fi
-    "$kubectl" config use-context "kind-$cluster"
-    for node in $(kind get nodes --name "$cluster"); do
-        prepare_node "$node"
-    done
-    say "loading the image"
-    kind load image-archive "$archive" --name "$cluster"
-    install_mtls "$root/deploy/kind"
+cluster_exists() { kind get clusters | grep -qx "$cluster"; }
+create_cluster() {
+    kind create cluster --config "$root/deploy/kind/cluster.yaml" --wait 180s \
+        ${KIND_NODE_IMAGE:+--image "$KIND_NODE_IMAGE"}
 }
+remove_cluster() { kind delete cluster --name "$cluster"; }
+nodes() { kind get nodes --name "$cluster"; }
+load_image() { kind load image-archive "$1" --name "$cluster"; }
 
-case ${1:-all} in
-    all)
-        require kind docker "$kubectl"
-        up
-        try
-        ;;
-    down) kind delete cluster --name "$cluster" ;;
-    *) die "usage: $0 [all|down]" ;;
-esac
+main "kind-$cluster" "$root/deploy/kind" "kind docker" "$@"

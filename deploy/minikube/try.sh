@@ -11,37 +11,19 @@ root=$(cd "$(dirname "$0")/../.." && pwd)
 # shellcheck source-path=SCRIPTDIR source=../sample/steps.sh
 . "$root/deploy/sample/steps.sh"
 
-cluster=mtls
-
 on_node() {
     local node=$1
     shift
     minikube --profile "$cluster" ssh --node "$node" -- sudo "$@" | tr -d '\r'
 }
 
-up() {
-    local archive node
-    archive=$(image_archive)
-    if ! minikube --profile "$cluster" status >/dev/null 2>&1; then
-        say "creating the cluster"
-        minikube start --profile "$cluster" --nodes 2 --driver "${MINIKUBE_DRIVER:-docker}" \
-            --container-runtime containerd --cni kindnet
-    fi
-    "$kubectl" config use-context "$cluster"
-    for node in $("$kubectl" get nodes -o 'jsonpath={.items[*].metadata.name}'); do
-        prepare_node "$node"
-    done
-    say "loading the image"
-    minikube --profile "$cluster" image load "$archive"
-    install_mtls "$root/deploy/minikube"
+cluster_exists() { minikube --profile "$cluster" status >/dev/null 2>&1; }
+create_cluster() {
+    minikube start --profile "$cluster" --nodes 2 --driver "${MINIKUBE_DRIVER:-docker}" \
+        --container-runtime containerd --cni kindnet
 }
+remove_cluster() { minikube delete --profile "$cluster"; }
+nodes() { "$kubectl" get nodes -o 'jsonpath={.items[*].metadata.name}'; }
+load_image() { minikube --profile "$cluster" image load "$1"; }
 
-case ${1:-all} in
-    all)
-        require minikube "$kubectl"
-        up
-        try
-        ;;
-    down) minikube delete --profile "$cluster" ;;
-    *) die "usage: $0 [all|down]" ;;
-esac
+main "$cluster" "$root/deploy/minikube" minikube "$@"

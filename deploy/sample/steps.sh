@@ -1,7 +1,11 @@
 # shellcheck shell=bash
 # What `try.sh` of kind and of minikube have in common. Sourced; expects $root, and functions that the cluster's kind gives:
+#   cluster_exists, create_cluster, remove_cluster
+#   nodes                   prints the nodes' names
 #   on_node NODE COMMAND…   runs a command on a node, as root
+#   load_image ARCHIVE      makes every node have the image
 
+cluster=mtls
 kubectl=${KUBECTL:-kubectl}
 # Any image with tcpdump.
 capture_image=${CAPTURE_IMAGE:-nicolaka/netshoot:v0.13}
@@ -22,7 +26,9 @@ require() {
 }
 
 image_archive() {
-    local archive=${IMAGE:-$root/target/image/mtls-0.1.0-amd64.tar}
+    local arch archive
+    case $(uname -m) in aarch64 | arm64) arch=arm64 ;; *) arch=amd64 ;; esac
+    archive=${IMAGE:-$root/target/image/mtls-0.1.0-$arch.tar}
     [ -f "$archive" ] || die "$archive is missing: cargo xtask image (or name another one in IMAGE)"
     printf '%s\n' "$archive"
 }
@@ -36,6 +42,17 @@ prepare_node() {
         say "mounting /sys/fs/bpf on $node"
         on_node "$node" mount -t bpf bpf /sys/fs/bpf
     fi
+}
+
+# What every node says of itself before anything is installed.
+check_nodes() {
+    local verdict=0
+    say "asking the nodes whether they can take part"
+    "$kubectl" apply -k "$root/deploy/check"
+    "$kubectl" -n mtls-check rollout status daemonset/mtls-check --timeout=180s || verdict=1
+    "$kubectl" -n mtls-check logs -l app.kubernetes.io/component=check --tail=-1 >&2
+    "$kubectl" delete -k "$root/deploy/check"
+    [ "$verdict" -eq 0 ] || die "not every node can take part; what is in the way stands above"
 }
 
 install_mtls() {
@@ -181,4 +198,36 @@ try() {
     secured=$(row mtls)
     printf '%-8s %10s %10s %10s %10s %10s\n' '' 'up Gbit/s' 'down' 'req/s 1' 'req/s 64' 'conn/s 16'
     printf '%s\n%s\n' "$plain" "$secured"
+}
+
+# main CONTEXT OVERLAY PROGRAMS [all|down]
+main() {
+    local context=$1 overlay=$2 programs=$3
+    case ${4:-all} in
+        all)
+            # shellcheck disable=SC2086 # several of them
+            require $programs "$kubectl"
+            up "$context" "$overlay"
+            try
+            ;;
+        down) remove_cluster ;;
+        *) die "usage: $0 [all|down]" ;;
+    esac
+}
+
+up() {
+    local context=$1 overlay=$2 archive node
+    archive=$(image_archive)
+    if ! cluster_exists; then
+        say "creating the cluster"
+        create_cluster
+    fi
+    "$kubectl" config use-context "$context"
+    for node in $(nodes); do
+        prepare_node "$node"
+    done
+    say "loading the image"
+    load_image "$archive"
+    check_nodes
+    install_mtls "$overlay"
 }

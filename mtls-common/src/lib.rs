@@ -87,4 +87,6 @@ pub mod program {
     pub const GETPEERNAME6: &str = "getpeername6";
     pub const SOCK_OPS: &str = "mtls_sock_ops";
     pub const SK_LOOKUP: &str = "mtls_sk_lookup";
+
+    pub const ALL: [&str; 6] = [CONNECT4, CONNECT6, GETPEERNAME4, GETPEERNAME6, SOCK_OPS, SK_LOOKUP];
 }

@@ -48,6 +48,21 @@ pub fn canonical(addr: SocketAddr) -> SocketAddr {
     SocketAddr::new(addr.ip().to_canonical(), addr.port())
 }
 
+/// Where to listen: `10.0.0.1:15020`, `[fd00::1]:15020`. Or without brackets, as a manifest can't but write it:
+/// `$(HOST_IP):15020`, on a node that has an IPv6 address.
+///
+/// # Errors
+///
+/// When it is neither.
+pub fn listening(text: &str) -> Result<SocketAddr, String> {
+    let bare = || {
+        let (address, port) = text.rsplit_once(':')?;
+        Some(SocketAddr::new(address.parse().ok()?, port.parse().ok()?))
+    };
+    let address = text.parse().ok().or_else(bare);
+    address.ok_or_else(|| "an address with a port, as in 10.0.0.1:15020 or [fd00::1]:15020".into())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -62,5 +77,20 @@ mod tests {
     fn a_real_v6_address_stays() {
         let v6: SocketAddr = "[fd00::1]:80".parse().unwrap();
         assert_eq!(OriginalSrc::new(v6).addr(), v6);
+    }
+
+    #[test]
+    fn a_nodes_address_of_either_kind_is_one_to_listen_at() {
+        for (text, expected) in [
+            ("10.0.0.1:15020", "10.0.0.1:15020"),
+            ("[fd00::1]:15020", "[fd00::1]:15020"),
+            ("fd00::1:15020", "[fd00::1]:15020"),
+            ("1:2:3:4:5:6:7:8:9", "[1:2:3:4:5:6:7:8]:9"),
+        ] {
+            assert_eq!(listening(text).map(|address| address.to_string()), Ok(expected.into()), "{text}");
+        }
+        for text in ["10.0.0.1", "fd00::a", ":15020", "fd00::1:99999", "node-a:15020"] {
+            assert!(listening(text).is_err(), "{text}");
+        }
     }
 }

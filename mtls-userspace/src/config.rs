@@ -13,6 +13,7 @@ use clap::ValueEnum;
 use ipnet::IpNet;
 use serde::Deserialize;
 
+use crate::addr;
 use crate::agent_socket;
 use crate::cni::{self, WhenAway};
 use crate::features::Forced;
@@ -90,7 +91,7 @@ pub struct Options {
     #[arg(long, value_name = "DIR")]
     bpffs: Option<PathBuf>,
     /// Address for /metrics and /healthz [default: 127.0.0.1:15020]
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", value_parser = addr::listening)]
     admin: Option<SocketAddr>,
     /// Unix socket for `mtls status` and its kin [default: /run/mtls/admin.sock]
     #[arg(long, value_name = "PATH")]

@@ -23,7 +23,7 @@ use crate::door::Door;
 use crate::drain::{Drain, Working};
 use crate::enrolment::Enrolment;
 use crate::explain;
-use crate::features::{Choice, Chosen};
+use crate::features::{self, Choice, Chosen};
 use crate::identity::{self, Identities};
 use crate::inspect::Inspection;
 use crate::kubernetes::Cluster;
@@ -32,30 +32,40 @@ use crate::mesh;
 use crate::observe::{self, Admin, IdentityRow, MeshRow, Observer, Plaintext, PodRow, Readiness};
 use crate::plaintext;
 use crate::succession::{Phase, Predecessor, Reign};
-use crate::tenure::{Sockets, Tenure};
+use crate::tenure::{Front, Sockets, Tenure};
 use crate::tunnel;
 use crate::worker::{self, LocalPods, Worker};
 
 /// Runs until SIGTERM or SIGINT, then drains. Kernel state stays: STRICT holds while nobody runs.
 pub async fn run(config: Config) -> anyhow::Result<()> {
     let config = Arc::new(config);
-    let settings = mesh::Settings {
-        trust_domain: config.trust_domain.clone(),
-        root_namespace: config.root_namespace.clone(),
-    };
-    let source = match &config.mesh {
-        MeshSource::Directory(directory) => {
-            mesh::Source::directory(directory.clone(), settings).context("manifests")?
-        }
-        MeshSource::Kubernetes { kubeconfig, annotations } => {
-            let cluster = Cluster::open(kubeconfig.as_deref()).await?;
-            let scope = mesh::Scope::Traffic { annotations: *annotations };
-            mesh::Source::kubernetes(cluster, settings, scope).await
-        }
-    };
     let predecessor = Predecessor::greet(&config.agent_socket).await.context("agent socket")?;
-    // Before the kernel half: an agent that cannot stay must not replace the programs of the one that runs.
+    // Before the kernel half: an agent that cannot stay must not replace the programs of the one that runs. And before the
+    // mesh: while the API server is awaited, a probe must not find the one that runs and take this one for ready.
     let port = Admin::bind(Some(config.admin), None).await.context("admin API")?;
+    let observer = Observer::new(observe::Settings {
+        access_log: config.access_log,
+        ..observe::Settings::new(config.node.clone())
+    });
+    let readiness = Readiness::default();
+    let reign = Arc::new(Reign::default());
+    let (stop, stopping) = tokio::sync::watch::channel(false);
+    let front = Front {
+        config: config.clone(),
+        reign: reign.clone(),
+        observer: observer.clone(),
+        readiness: readiness.clone(),
+        stopping: stopping.clone(),
+    };
+    // Registered before any can be met.
+    let knows_mesh = readiness.condition("mesh");
+    for name in predecessor.iter().map(|_| "succession").chain(["pods", "identities"]) {
+        readiness.condition(name);
+    }
+    knows_mesh.not_ready("what the mesh consists of is not known yet; the log says what is waited for");
+    let port = tokio::spawn(front.clone().keep_port(port));
+    let source = follow_mesh(&config).await?;
+    knows_mesh.set_ready();
     let sockets = match predecessor {
         Some(_) => None,
         None => Some(Sockets::bind(&config).await.context("admin API")?),
@@ -73,11 +83,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         .context("kernel half")?,
     );
     let identities = identities(&config).await?;
-    let observer = Observer::new(observe::Settings {
-        access_log: config.access_log,
-        ..observe::Settings::new(config.node.clone())
-    });
-    let readiness = Readiness::default();
 
     let mut drain = Drain::new();
     let local = Arc::new(LocalPods::default());
@@ -90,6 +95,11 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         inbox.clone(),
     );
     let watch = Arc::new(watch.context("kernel half")?);
+    if config.same_node == SameNode::Direct
+        && let Some(why) = features::against_same_node_direct()
+    {
+        anyhow::bail!("--same-node direct can't work on this kernel: {why}; use relay or encrypt");
+    }
     let direct = Direct::new(
         config.node.clone(),
         config.same_node == SameNode::Direct,
@@ -105,6 +115,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         retransmit: usual.retransmit.filter(|_| chosen.uses(Choice::TcpRtoMax)),
         raw_after: (!kernel.is_empty()).then_some(config.kernel_tls_after),
         kernel,
+        kernel_rekey: chosen.uses(Choice::KtlsRekey),
         congestion: config.tunnel_congestion.clone(),
         ..usual
     });
@@ -140,7 +151,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         admissions.clone(),
     );
 
-    let (stop, stopping) = tokio::sync::watch::channel(false);
     let stopped = || {
         let mut stopping = stopping.clone();
         async move {
@@ -164,7 +174,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         pods: pods.clone(),
         setting: explain::Setting { prefixes: config.mesh_prefixes.clone(), same_node: config.same_node },
     }));
-    let reign = Arc::new(Reign::default());
     let row = predecessor.as_ref().map(Predecessor::row).unwrap_or_default();
     let asked = reign.clone();
     observer.set_succession(
@@ -172,10 +181,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         Arc::new(move || asked.phase() >= Phase::Frozen),
     );
     let tenure = Tenure {
-        config: config.clone(),
-        reign: reign.clone(),
-        observer: observer.clone(),
-        readiness: readiness.clone(),
+        front,
         door: Door {
             admissions: admissions.clone(),
             mesh: source.clone(),
@@ -183,9 +189,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
             observer: observer.clone(),
             reign: reign.clone(),
         },
-        stopping: stopping.clone(),
     };
-    let port = tokio::spawn(tenure.clone().keep_port(port));
     if let Some(events) = capture.events() {
         tokio::spawn(watch_kernel(events, source.clone(), observer.clone(), inbox, watch.clone()));
     }
@@ -253,6 +257,24 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The mesh, once it is known.
+async fn follow_mesh(config: &Config) -> anyhow::Result<mesh::Source> {
+    let settings = mesh::Settings {
+        trust_domain: config.trust_domain.clone(),
+        root_namespace: config.root_namespace.clone(),
+    };
+    match &config.mesh {
+        MeshSource::Directory(directory) => {
+            mesh::Source::directory(directory.clone(), settings).context("manifests")
+        }
+        MeshSource::Kubernetes { kubeconfig, annotations } => {
+            let cluster = Cluster::open(kubeconfig.as_deref()).await?;
+            let scope = mesh::Scope::Traffic { annotations: *annotations };
+            Ok(mesh::Source::kubernetes(cluster, settings, scope).await)
+        }
+    }
+}
+
 /// How long an agent that is told to end waits for one that is taking its place.
 const TAKING_OVER: Duration = Duration::from_secs(10);
 /// How long a retired agent accepts what its listeners still hold.
@@ -268,8 +290,7 @@ async fn begin(
     mut draining: Working,
 ) {
     if let Some(mut predecessor) = predecessor {
-        // Registered before any can be met.
-        let [succession, ..] = ["succession", "pods", "identities"].map(|name| readiness.condition(name));
+        let succession = readiness.condition("succession");
         tokio::select! {
             () = control.await_certificates(&mut predecessor, &succession) => {}
             () = draining.stopping() => return,
@@ -295,7 +316,7 @@ async fn begin(
     }
     let sockets = match sockets {
         Some(sockets) => sockets,
-        None => match Sockets::bind(&tenure.config).await {
+        None => match Sockets::bind(&tenure.front.config).await {
             Ok(sockets) => sockets,
             Err(error) => return tracing::error!(%error, "this agent has no sockets, and enrols nothing"),
         },

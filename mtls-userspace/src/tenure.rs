@@ -17,15 +17,21 @@ use crate::succession::{Part, Phase, Reign};
 /// Between attempts to have again what another agent has not yet let go of.
 const AGAIN: Duration = Duration::from_millis(200);
 
-/// What the agent's port and sockets lead to.
+/// What an agent has from its first moment: a port that says how far it is.
 #[derive(Clone)]
-pub struct Tenure {
+pub struct Front {
     pub config: Arc<Config>,
     pub reign: Arc<Reign>,
     pub observer: Observer,
     pub readiness: Readiness,
-    pub door: Door,
     pub stopping: watch::Receiver<bool>,
+}
+
+/// What the agent's sockets lead to.
+#[derive(Clone)]
+pub struct Tenure {
+    pub front: Front,
+    pub door: Door,
 }
 
 /// The sockets' listeners, bound but not yet answering.
@@ -44,7 +50,7 @@ impl Sockets {
     }
 }
 
-impl Tenure {
+impl Front {
     /// Answers on the admin API's port while no other agent is starting.
     pub async fn keep_port(self, first: Admin) {
         let mut next = Some(first);
@@ -64,45 +70,6 @@ impl Tenure {
             }
             drop(hold);
             self.until(|phase| *phase == Phase::Alone).await;
-            if *self.stopping.borrow() {
-                return;
-            }
-        }
-    }
-
-    /// Answers on the sockets, and keeps the CNI plugin installed, until another agent takes over; then under a name of
-    /// its own, so that what is still open here can be looked at.
-    pub async fn keep_sockets(self, first: Sockets) {
-        let mut next = Some(first);
-        loop {
-            let sockets = match next.take() {
-                Some(sockets) => sockets,
-                None => match Sockets::bind(&self.config).await {
-                    Ok(sockets) => sockets,
-                    Err(_) if self.stops_within(AGAIN).await => return,
-                    Err(_) => continue,
-                },
-            };
-            let hold = self.reign.hold(Part::Control);
-            let installation = self.config.cni.clone().map(Installation::begin).transpose();
-            if let Err(error) = &installation {
-                tracing::error!(%error, "the CNI plugin is not installed: pods are enrolled when they are found");
-            }
-            let Sockets { admin, callers, _file } = sockets;
-            let end = self.until(|phase| *phase >= Phase::Frozen);
-            tokio::select! {
-                _ = admin.serve(self.observer.clone(), self.readiness.clone(), end) => {}
-                () = self.door.clone().serve(callers) => {}
-            }
-            drop((installation, _file, hold));
-            if *self.stopping.borrow() {
-                return;
-            }
-            if let Ok(admin) = Admin::bind(None, Some(&self.retired_socket())).await {
-                let end = self.until(|phase| *phase < Phase::Frozen);
-                let _ = admin.serve(self.observer.clone(), self.readiness.clone(), end).await;
-            }
-            self.until(|phase| *phase < Phase::Frozen).await;
             if *self.stopping.borrow() {
                 return;
             }
@@ -130,5 +97,47 @@ impl Tenure {
     async fn stops_within(&self, time: Duration) -> bool {
         let mut stopping = self.stopping.clone();
         tokio::time::timeout(time, stopping.wait_for(|stop| *stop)).await.is_ok()
+    }
+}
+
+impl Tenure {
+    /// Answers on the sockets, and keeps the CNI plugin installed, until another agent takes over; then under a name of
+    /// its own, so that what is still open here can be looked at.
+    pub async fn keep_sockets(self, first: Sockets) {
+        let Self { front, door } = self;
+        let mut next = Some(first);
+        loop {
+            let sockets = match next.take() {
+                Some(sockets) => sockets,
+                None => match Sockets::bind(&front.config).await {
+                    Ok(sockets) => sockets,
+                    Err(_) if front.stops_within(AGAIN).await => return,
+                    Err(_) => continue,
+                },
+            };
+            let hold = front.reign.hold(Part::Control);
+            let installation = front.config.cni.clone().map(Installation::begin).transpose();
+            if let Err(error) = &installation {
+                tracing::error!(%error, "the CNI plugin is not installed: pods are enrolled when they are found");
+            }
+            let Sockets { admin, callers, _file } = sockets;
+            let end = front.until(|phase| *phase >= Phase::Frozen);
+            tokio::select! {
+                _ = admin.serve(front.observer.clone(), front.readiness.clone(), end) => {}
+                () = door.clone().serve(callers) => {}
+            }
+            drop((installation, _file, hold));
+            if *front.stopping.borrow() {
+                return;
+            }
+            if let Ok(admin) = Admin::bind(None, Some(&front.retired_socket())).await {
+                let end = front.until(|phase| *phase < Phase::Frozen);
+                let _ = admin.serve(front.observer.clone(), front.readiness.clone(), end).await;
+            }
+            front.until(|phase| *phase < Phase::Frozen).await;
+            if *front.stopping.borrow() {
+                return;
+            }
+        }
     }
 }

@@ -2,8 +2,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-use std::io::Read;
-use std::net::{SocketAddr, TcpListener};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
@@ -53,6 +53,35 @@ fn connections_are_made_one_after_another() {
     assert!(report.exchanges > 20, "{report:?}");
     let report = measure(Workload::First, 1);
     assert_eq!(report.exchanges, 1, "{report:?}");
+}
+
+/// Through a proxy that changes one byte far into the second connection, or none.
+#[test]
+fn a_byte_that_changed_on_its_way_is_noticed() {
+    for changed in [None, Some(300_000)] {
+        let (to, listener) = (server(), TcpListener::bind("127.0.0.1:0").unwrap());
+        let address = listener.local_addr().unwrap();
+        thread::spawn(move || {
+            for (number, from) in listener.incoming().enumerate() {
+                let (mut from, mut to) = (from.unwrap(), TcpStream::connect(to).unwrap());
+                let (mut back, mut answer) = (to.try_clone().unwrap(), from.try_clone().unwrap());
+                thread::spawn(move || std::io::copy(&mut back, &mut answer));
+                let (mut passed, mut buffer) = (0, vec![0; 10_000]);
+                while let Ok(n @ 1..) = from.read(&mut buffer) {
+                    if let Some(at) = changed.filter(|at| number == 1 && (passed..passed + n).contains(at)) {
+                        buffer[at - passed] ^= 1;
+                    }
+                    passed += n;
+                    to.write_all(&buffer[..n]).unwrap();
+                }
+            }
+        });
+        let outcome = run(address, load(Workload::Verify, 2));
+        match changed {
+            None => assert_eq!(outcome.unwrap().bytes, 2 * 64 * 65_536),
+            Some(_) => assert!(outcome.unwrap_err().to_string().contains("came back as another")),
+        }
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
+use mtls::mesh::ServerCall;
 use mtls::plaintext::{
     Asked, Facts, Limits, Observed, Peer, PortFacts, Report, Row, Sighting, Source, Store, Tally,
 };
@@ -221,6 +222,8 @@ fn facts() -> Facts {
         nodes: Default::default(),
         peers: Vec::new(),
         missed: Tally::default(),
+        called_by: Vec::new(),
+        has_own_mode: false,
     };
     let workload = Observed {
         namespace: "shop".into(),
@@ -239,6 +242,7 @@ fn facts() -> Facts {
         at: at(NOW),
         lost: Tally::default(),
         blind: None,
+        unread_callers: Vec::new(),
         workloads: vec![workload],
     }
 }
@@ -249,13 +253,18 @@ fn seen(by_disable: bool, seconds_ago: i64) -> (Peer, Row, bool) {
     (peer, Row { address: address(1), connections: 3, refused: 0, open: 0, first: last, last }, by_disable)
 }
 
+fn call(name: &str) -> ServerCall {
+    let by = format!("ValidatingWebhookConfiguration {name}").into();
+    ServerCall { by, service: "shop/hook".into(), port: 443 }
+}
+
 #[test]
 fn ready_is_said_only_when_nobody_would_be_cut_off_and_enough_was_seen() {
     type Change = fn(&mut Facts);
     fn first(facts: &mut Facts) -> &mut PortFacts {
         facts.workloads[0].ports.get_mut(&80).unwrap()
     }
-    let rows: [(&str, Change, Option<&str>); 16] = [
+    let rows: [(&str, Change, Option<&str>); 22] = [
         ("nobody, for long enough; a scan of ports that nobody serves stands in nobody's way", |_| {}, None),
         (
             "somebody within the window",
@@ -321,6 +330,59 @@ fn ready_is_said_only_when_nobody_would_be_cut_off_and_enough_was_seen() {
             Some("plaintext is no longer observed: bad descriptor; restart the agent"),
         ),
         ("no workload", |f| f.workloads.clear(), None),
+        (
+            "the API server has a webhook here, and has not called it yet",
+            |f| first(f).called_by.push(call("rules")),
+            Some(
+                "shop/server port 80: the API server's calls would be cut off (ValidatingWebhookConfiguration rules \
+                 through Service shop/hook port 443); keep the port open for them: portLevelMtls {\"80\": {mode: \
+                 PERMISSIVE}} in a PeerAuthentication that selects the pod",
+            ),
+        ),
+        (
+            "a webhook whose port is kept open",
+            |f| {
+                first(f).called_by.push(call("rules"));
+                first(f).has_own_mode = true;
+            },
+            None,
+        ),
+        (
+            "a webhook whose port is kept open, and was called",
+            |f| {
+                let (_, row, _) = seen(false, 60);
+                let caller = Peer { source: Source::Address(row.address), by_disable: false };
+                first(f).called_by.push(call("rules"));
+                first(f).has_own_mode = true;
+                first(f).peers.push((caller, row, false));
+            },
+            None,
+        ),
+        (
+            "a webhook whose port is kept open, and where a workload of the cluster came",
+            |f| {
+                first(f).called_by.push(call("rules"));
+                first(f).has_own_mode = true;
+                first(f).peers.push(seen(false, 60));
+            },
+            Some("shop/server port 80: 1 peer would be cut off"),
+        ),
+        (
+            "a port with a mode of its own that no webhook needs",
+            |f| {
+                first(f).has_own_mode = true;
+                first(f).peers.push(seen(false, 60));
+            },
+            Some("shop/server port 80: 1 peer would be cut off"),
+        ),
+        (
+            "nobody could say what the API server calls",
+            |f| f.unread_callers.push("apiservices.apiregistration.k8s.io"),
+            Some(
+                "what the API server calls is not known: apiservices.apiregistration.k8s.io can't be read; the agent's \
+                 log and `mtls status` say why",
+            ),
+        ),
     ];
     let asked = Asked { namespace: None, window: DAY, dry_run: false };
     for (case, change, reason) in rows {
@@ -344,6 +406,8 @@ fn only_what_is_asked_about_is_judged() {
         let port = workload.ports.get_mut(&80).unwrap();
         port.peers.push(seen(false, 60));
         port.dry_run = dry_run.map(|mode| (mode, Some(format!("{namespace}/trial"))));
+        // What keeps it open now would be overruled.
+        port.has_own_mode = true;
         workload
     };
     let judged = |namespace: Option<&str>, dry_run: bool, workloads: &[Observed]| {
@@ -359,6 +423,12 @@ fn only_what_is_asked_about_is_judged() {
     assert_eq!(judged(Some("elsewhere"), false, &both), [""; 0]);
     assert_eq!(judged(None, true, &both), ["shop/server"]);
     assert_eq!(judged(Some("bank"), true, &both), [""; 0]);
+    let mut called = shop;
+    let port = called.ports.get_mut(&80).unwrap();
+    port.peers.clear();
+    port.called_by.push(call("rules"));
+    assert_eq!(judged(None, false, &[called.clone()]), [""; 0], "its port is kept open");
+    assert_eq!(judged(None, true, &[called]), ["shop/server"], "the dry-run policy would end that");
     // A dry-run policy that does not make the port STRICT cuts nobody off.
     let loosened = bad("shop", Some(Mode::Disable));
     assert_eq!(judged(None, true, &[loosened]), [""; 0]);

@@ -36,6 +36,9 @@ pub struct Args {
     /// Congestion control of every namespace [default: this machine's]
     #[arg(long, value_name = "NAME")]
     pub congestion_control: Option<String>,
+    /// Congestion control of our tunnels alone [default: as above]
+    #[arg(long, value_name = "NAME")]
+    pub tunnel_congestion: Option<String>,
     /// Another mTLS proxy to measure beside ours, as a pair; may be given several times
     #[arg(long)]
     pub peer: Vec<PeerName>,

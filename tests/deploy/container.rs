@@ -1,4 +1,5 @@
-//! The agent in a real container: a rendered DaemonSet and a lab's node in, `runc` running what it describes out.
+//! Agent and node check in a real container: a rendered DaemonSet and a lab's node in, `runc` running what it describes
+//! out.
 //!
 //! As a container runtime would: the image's root file system, read-only; exactly the capabilities, mounts and namespaces
 //! of the pod; no new privileges; the profile of system calls that container engines have by default. The lab stands in
@@ -6,12 +7,15 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::rc::Rc;
 
 use anyhow::{Context, Result, ensure};
-use mtls_tests::{Lab, Mesh};
+use mtls_tests::kubernetes::{User, agent_rules};
+use mtls_tests::{Finished, Lab, Mesh, Running};
 use serde_json::{Value, json};
 
-use crate::rendered::{Objects, kustomized, parse, text_of, texts};
+use crate::rendered::{kustomized, parse, text_of, texts};
 use crate::{Scratch, image, run};
 
 /// The program, its profile and the tool that unpacks the image.
@@ -23,22 +27,78 @@ pub struct Container {
     id: String,
     cgroup: String,
     /// The lab's cgroup, which is the lab's to remove.
-    lab: PathBuf,
+    lab: Option<PathBuf>,
     /// `config.json`, as the OCI runtime specification has it.
     pub config: Value,
+    on_node: OnNode,
     scratch: Scratch,
+}
+
+/// What a node has where the agent's mounts lead, by the mounts' names. Outlives the agent.
+#[derive(Clone)]
+pub struct OnNode {
+    directories: BTreeMap<&'static str, PathBuf>,
+    _scratch: Rc<Scratch>,
 }
 
 impl Container {
     /// The agent of a lab's node, as the DaemonSet describes it.
     pub fn agent(lab: &Lab, node: &str) -> Result<Self> {
+        Self::agent_on(lab, node, OnNode::new(lab, node)?)
+    }
+
+    /// Another agent on the same node.
+    pub fn beside(&self, lab: &Lab, node: &str) -> Result<Self> {
+        Self::agent_on(lab, node, self.on_node.clone())
+    }
+
+    fn agent_on(lab: &Lab, node: &str, on_node: OnNode) -> Result<Self> {
         let objects = parse(&kustomized("")?)?;
-        let scratch = Scratch::new("container")?;
-        image::unpack(&scratch.0)?;
+        let (scratch, id) = unpacked()?;
         let spec = objects["DaemonSet/mtls-node"].pointer("/spec/template/spec").context("no pod")?;
-        let id = scratch.0.file_name().context("no name")?.to_string_lossy().into_owned();
-        let config = config(spec, lab, node, &objects, &scratch, &id)?;
-        Ok(Self { cgroup: cgroup(lab, node, &id), lab: lab.cgroup().into(), id, config, scratch })
+        ensure!(spec["hostNetwork"] == true && spec["hostPID"] == true, "this runs it on the node's own");
+        let container = spec.pointer("/containers/0").context("no container")?;
+        // Below the root of whatever hierarchies there are: beside the lab's own agents.
+        let cgroup = format!("/{}/{node}/agent/{id}", lab.id());
+        let (args, mounts) = (args(container, lab, node)?, mounts(container, lab, &on_node)?);
+        let config = config(container, &cgroup, &args, mounts, &[])?;
+        Ok(Self { cgroup, lab: Some(lab.cgroup().into()), id, config, on_node, scratch })
+    }
+
+    /// The check of a node, this machine, as its DaemonSet describes it, but for staying.
+    pub fn check() -> Result<Self> {
+        let objects = parse(&kustomized("check")?)?;
+        let (scratch, id) = unpacked()?;
+        let spec = objects["DaemonSet/mtls-check"].pointer("/spec/template/spec").context("no pod")?;
+        ensure!(
+            spec["hostPID"] == true && spec["volumes"].is_null(),
+            "this runs it with the node's processes"
+        );
+        let container = spec.pointer("/containers/0").context("no container")?;
+        let mut args = vec!["/usr/bin/mtls".to_owned()];
+        args.extend(texts(container, "/args")?.into_iter().map(|arg| arg.replace("$(NODE_NAME)", "here")));
+        args.retain(|arg| arg != "--stay");
+        let cgroup = format!("/{id}");
+        let config = config(container, &cgroup, &args, Vec::new(), &["network"])?;
+        let on_node = OnNode { directories: BTreeMap::new(), _scratch: Rc::new(Scratch::new("node")?) };
+        Ok(Self { cgroup, lab: None, id, config, on_node, scratch })
+    }
+
+    /// Runs it to its end, whatever that is, by whoever runs a program with arguments.
+    pub fn run_by(&self, run: impl FnOnce(&str, &[&str]) -> Result<Finished>) -> Result<Finished> {
+        self.scratch.write("config.json", &self.config.to_string())?;
+        let (state, bundle) = (self.state(), self.scratch.0.to_string_lossy().into_owned());
+        let runc = mtls_tests::find("runc").context("no runc")?;
+        let args =
+            ["--root", &state.to_string_lossy(), "run", "--bundle", &bundle, "--no-new-keyring", &self.id];
+        run(&runc.to_string_lossy(), &args)
+    }
+
+    /// In a namespace of its own where the pod has the node's.
+    pub fn in_its_own(mut self, namespace: &str) -> Result<Self> {
+        let namespaces = self.config["linux"]["namespaces"].as_array_mut().context("no namespaces")?;
+        namespaces.push(json!({"type": namespace}));
+        Ok(self)
     }
 
     pub fn without_capability(mut self, name: &str) -> Result<Self> {
@@ -62,7 +122,13 @@ impl Container {
 
     /// Where the node has what is mounted by this name.
     pub fn on_node(&self, mount: &str) -> PathBuf {
-        self.scratch.0.join(mount)
+        self.on_node.directories.get(mount).cloned().unwrap_or_default()
+    }
+
+    pub fn with_more_arguments(mut self, more: &[&str]) -> Result<Self> {
+        let args = self.config["process"]["args"].as_array_mut().context("no arguments")?;
+        args.extend(more.iter().map(|arg| Value::from(*arg)));
+        Ok(self)
     }
 
     /// With another value for a flag.
@@ -71,6 +137,24 @@ impl Container {
         let is_it = |arg: &&mut Value| arg.as_str().is_some_and(|arg| arg.split('=').next() == Some(flag));
         *args.iter_mut().find(is_it).with_context(|| format!("no {flag}"))? =
             format!("{flag}={value}").into();
+        Ok(self)
+    }
+
+    /// Living from the lab's API server, by the token that kubelet mounts.
+    pub fn in_cluster(mut self, lab: &Lab) -> Result<Self> {
+        let api = lab.api_server()?;
+        let name = "system:serviceaccount:mtls-system:mtls-node".into();
+        let token = api.user(User { name, rules: agent_rules(), ..User::default() });
+        let mounted = self.scratch.0.join("api-token");
+        std::fs::create_dir(&mounted)?;
+        let environment = self.config["process"]["env"].as_array_mut().context("no environment")?;
+        for (name, value) in api.service_account(&mounted, &token)? {
+            environment.push(format!("{name}={value}").into());
+        }
+        let args = self.config["process"]["args"].as_array_mut().context("no arguments")?;
+        let source = args.iter_mut().find(|arg| *arg == FROM_THE_LAB).context("it has a mesh already")?;
+        *source = "--kubernetes".into();
+        self.config["mounts"].as_array_mut().context("no mounts")?.push(bind(&mounted, API_TOKEN, true));
         Ok(self)
     }
 
@@ -83,11 +167,20 @@ impl Container {
 
     /// Starts it in place of the agent that ran on this node until now.
     pub fn launch(&self, lab: &Lab, mesh: &mut Mesh, node: &str) -> Result<()> {
+        mesh.agent(node).launch_by(self.command(lab, node)?)
+    }
+
+    /// Starts it beside the agent that runs on this node, and waits until that is replaced. Returns the old one.
+    pub fn succeed(&self, lab: &Lab, mesh: &mut Mesh, node: &str) -> Result<Running> {
+        mesh.agent(node).replace_by(self.command(lab, node)?)
+    }
+
+    fn command(&self, lab: &Lab, node: &str) -> Result<Command> {
         self.scratch.write("config.json", &self.config.to_string())?;
         let mut command = lab.node(node)?.command_in("agent", mtls_tests::find("runc").context("no runc")?);
         command.arg("--root").arg(self.state());
         command.arg("run").arg("--bundle").arg(&self.scratch.0).args(["--no-new-keyring", &self.id]);
-        mesh.agent(node).launch_by(command)
+        Ok(command)
     }
 
     /// Its first process, as the node numbers it.
@@ -101,7 +194,7 @@ impl Container {
         self.scratch.0.join("runc")
     }
 
-    fn runc(&self, args: &[&str]) -> Result<mtls_tests::Finished> {
+    fn runc(&self, args: &[&str]) -> Result<Finished> {
         let state = self.state();
         run("runc", &[&["--root", &state.to_string_lossy()], args].concat())
     }
@@ -116,7 +209,7 @@ impl Drop for Container {
         // runc makes the directories above its own in each hierarchy of version 1, and leaves them.
         for hierarchy in std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
             let own = hierarchy.path().join(self.cgroup.trim_start_matches('/'));
-            if own.starts_with(&self.lab) {
+            if self.lab.as_ref().is_some_and(|lab| own.starts_with(lab)) {
                 continue;
             }
             for directory in own.ancestors().take_while(|directory| *directory != hierarchy.path()) {
@@ -127,43 +220,58 @@ impl Drop for Container {
     }
 }
 
+/// Where clients look for it.
+pub const API_TOKEN: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+/// In place of the API server.
+const FROM_THE_LAB: &str = "--manifests=/lab/manifests";
+
 /// A network configuration as a node has it.
 const NETWORK: &str = r#"{"cniVersion": "0.4.0", "name": "lab", "plugins": [{"type": "ptp"}]}"#;
 
-/// Below the root of whatever hierarchies there are: beside the lab's own agents.
-fn cgroup(lab: &Lab, node: &str, id: &str) -> String {
-    format!("/{}/{node}/agent/{id}", lab.id())
+/// The image's root file system as a bundle, and a name for what runs in it.
+fn unpacked() -> Result<(Scratch, String)> {
+    let scratch = Scratch::new("container")?;
+    image::unpack(&scratch.0)?;
+    let id = scratch.0.file_name().context("no name")?.to_string_lossy().into_owned();
+    Ok((scratch, id))
 }
 
+/// As a runtime makes it of a pod's container; `namespaces` are those that it has of its own besides the usual ones.
 fn config(
-    spec: &Value,
-    lab: &Lab,
-    node: &str,
-    objects: &Objects,
-    scratch: &Scratch,
-    id: &str,
+    container: &Value,
+    cgroup: &str,
+    args: &[String],
+    mounts: Vec<Value>,
+    namespaces: &[&str],
 ) -> Result<Value> {
-    let container = spec.pointer("/containers/0").context("no container")?;
     let security = &container["securityContext"];
-    ensure!(spec["hostNetwork"] == true && spec["hostPID"] == true, "this runs it on the node's own");
     let capabilities: Vec<String> =
         texts(security, "/capabilities/add")?.into_iter().map(|name| format!("CAP_{name}")).collect();
+    // The file systems that a runtime mounts in every container; then the pod's.
+    let mut all = vec![
+        json!({"destination": "/proc", "type": "proc", "source": "proc"}),
+        json!({"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755"]}),
+        json!({"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]}),
+        json!({"destination": "/sys/fs/cgroup", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]}),
+    ];
+    all.extend(mounts);
+    // Neither pid nor network, unless asked for: those are the node's.
+    let own = ["mount", "ipc", "uts", "cgroup"].iter().chain(namespaces).map(|kind| json!({"type": kind}));
     Ok(json!({
         "ociVersion": "1.0.2",
         "process": {
             "user": {"uid": security["runAsUser"], "gid": security["runAsGroup"]},
-            "args": args(container, lab, node)?,
+            "args": args,
             "env": ["PATH=/usr/bin", "RUST_LOG=info"],
             "cwd": "/",
             "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
             "noNewPrivileges": security["allowPrivilegeEscalation"] == false,
         },
         "root": {"path": "rootfs", "readonly": security["readOnlyRootFilesystem"]},
-        "mounts": mounts(container, lab, node, objects, scratch)?,
+        "mounts": all,
         "linux": {
-            "cgroupsPath": cgroup(lab, node, id),
-            // Neither pid nor network: those are the node's.
-            "namespaces": [{"type": "mount"}, {"type": "ipc"}, {"type": "uts"}],
+            "cgroupsPath": cgroup,
+            "namespaces": own.collect::<Vec<_>>(),
             "maskedPaths": ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_list", "/proc/timer_list",
                 "/proc/sched_debug", "/proc/scsi", "/sys/firmware"],
             "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
@@ -178,7 +286,7 @@ fn args(container: &Value, lab: &Lab, node: &str) -> Result<Vec<String>> {
     for arg in texts(container, "/args")? {
         let arg = arg.replace("$(NODE_NAME)", node).replace("$(HOST_IP)", "127.0.0.1");
         args.push(match arg.split('=').next().unwrap_or_default() {
-            "--kubernetes" => "--manifests=/lab/manifests".into(),
+            "--kubernetes" => FROM_THE_LAB.into(),
             // Where the lab's own agent pinned its state, to be adopted.
             "--bpffs" => format!("--bpffs=/sys/fs/bpf/{node}"),
             "--cgroup-root" => format!("--cgroup-root={}", lab.node(node)?.cgroup().display()),
@@ -191,38 +299,38 @@ fn args(container: &Value, lab: &Lab, node: &str) -> Result<Vec<String>> {
     Ok(args)
 }
 
-fn mounts(
-    container: &Value,
-    lab: &Lab,
-    node: &str,
-    objects: &Objects,
-    scratch: &Scratch,
-) -> Result<Vec<Value>> {
-    let (_, settings) = objects.iter().find(|(key, _)| key.starts_with("ConfigMap/")).context("no config")?;
-    let mut on_node = BTreeMap::new();
-    for name in ["config", "ca-token", "ca-root", "run", "cni-bin", "cni-conf"] {
-        let path = scratch.0.join(name);
-        std::fs::create_dir(&path)?;
-        on_node.insert(name, path);
+impl OnNode {
+    fn new(lab: &Lab, node: &str) -> Result<Self> {
+        let objects = parse(&kustomized("")?)?;
+        let (_, settings) =
+            objects.iter().find(|(key, _)| key.starts_with("ConfigMap/")).context("no config")?;
+        let scratch = Scratch::new("node")?;
+        let mut directories = BTreeMap::new();
+        for name in ["config", "ca-token", "ca-root", "run", "cni-bin", "cni-conf"] {
+            let path = scratch.0.join(name);
+            std::fs::create_dir(&path)?;
+            directories.insert(name, path);
+        }
+        std::fs::write(directories["config"].join("node.config"), text_of(settings, "/data/node.config")?)?;
+        std::fs::copy(lab.dir().join(format!("{node}.token")), directories["ca-token"].join("token"))?;
+        std::fs::copy(lab.dir().join("root-cert.pem"), directories["ca-root"].join("root-cert.pem"))?;
+        std::fs::write(directories["cni-conf"].join("10-lab.conflist"), NETWORK)?;
+        directories.insert("bpffs", lab.dir().join("bpf"));
+        directories.insert("cgroup", lab.node(node)?.cgroup().into());
+        Ok(Self { directories, _scratch: Rc::new(scratch) })
     }
-    std::fs::write(on_node["config"].join("node.config"), text_of(settings, "/data/node.config")?)?;
-    std::fs::copy(lab.dir().join(format!("{node}.token")), on_node["ca-token"].join("token"))?;
-    std::fs::copy(lab.dir().join("root-cert.pem"), on_node["ca-root"].join("root-cert.pem"))?;
-    std::fs::write(on_node["cni-conf"].join("10-lab.conflist"), NETWORK)?;
-    on_node.insert("bpffs", lab.dir().join("bpf"));
-    on_node.insert("cgroup", lab.node(node)?.cgroup().into());
-    let mut mounts = vec![
-        json!({"destination": "/proc", "type": "proc", "source": "proc"}),
-        json!({"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755"]}),
-        json!({"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]}),
-        json!({"destination": "/sys/fs/cgroup", "type": "tmpfs", "source": "tmpfs", "options": ["mode=755"]}),
-    ];
+}
+
+fn mounts(container: &Value, lab: &Lab, on_node: &OnNode) -> Result<Vec<Value>> {
+    let mut mounts = Vec::new();
     for mount in container["volumeMounts"].as_array().context("no mounts")? {
         let name = text_of(mount, "/name")?;
         if name == "api-token" {
+            ensure!(mount["mountPath"] == API_TOKEN, "clients look elsewhere: {mount}");
             continue;
         }
-        let source = on_node.get(name).with_context(|| format!("the lab has nothing for mount {name}"))?;
+        let source = on_node.directories.get(name);
+        let source = source.with_context(|| format!("the lab has nothing for mount {name}"))?;
         // The lab's manifests name cgroups by the paths they have outside, so they are seen there inside, too.
         let place = if name == "cgroup" { source.to_str() } else { mount["mountPath"].as_str() };
         mounts.push(bind(source, place.context("mounted nowhere")?, mount["readOnly"] == true));

@@ -4,6 +4,7 @@
 //! Rendered by kubectl and helm as they are released, judged by Kubernetes' own schemas. No API server: what only one
 //! could say is not said here.
 
+mod check;
 mod container;
 mod image;
 mod kinds;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use mtls_tests::kubernetes::{ApiServer, Rule};
 use mtls_tests::{Lab, Mesh, Options, eventually, skip};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::rendered::{Objects, kustomized, parse, texts};
 
@@ -103,9 +103,9 @@ fn with_exactly_the_rules_installed_all_works_and_each_is_used() -> Result<()> {
     let api = lab.api_server()?;
     // Everything anew, with these rules: the authority makes its Secret, and agents get certificates from it.
     grant(api, &agent, &authority);
-    let object = |kind: &str, name: &str| json!({"apiVersion": "v1", "kind": kind, "metadata": {"name": name, "namespace": NAMESPACE}});
-    api.delete(&object("Secret", "mtls-ca"))?;
-    api.delete(&object("ConfigMap", "mtls-ca-root"))?;
+    api.define("clustertrustbundles.certificates.k8s.io", true);
+    api.delete(&kept("Secret", "mtls-ca"))?;
+    api.delete(&kept("ConfigMap", "mtls-ca-root"))?;
     // So that the lab waits for the new roots, as a volume without its ConfigMap does.
     std::fs::remove_file(lab.dir().join("root-cert.pem"))?;
     let earlier = api.requests().len();
@@ -115,20 +115,17 @@ fn with_exactly_the_rules_installed_all_works_and_each_is_used() -> Result<()> {
         mesh.agent(node).start()?;
     }
     // Somebody garbles the roots, and the authority puts them right.
-    let map = object("ConfigMap", "mtls-ca-root");
-    let right = api.get(&map).context("no roots are published")?["data"].clone();
-    let mut garbled = map.clone();
-    garbled["data"] = json!({"root-cert.pem": "none"});
-    api.apply(&garbled)?;
-    let restored = eventually(Duration::from_secs(30), || (api.get(&map)?["data"] == right).then_some(()));
-    assert!(restored.is_some(), "the roots stay garbled");
+    for object in [kept("ConfigMap", "mtls-ca-root"), kept("ClusterTrustBundle", "mtls-ca-root")] {
+        let content = |object: Value| (object["data"].clone(), object["spec"].clone());
+        let published = || api.get(&object).map(content);
+        let right = published().with_context(|| format!("nothing is published as {object}"))?;
+        api.apply(&garbled(&object))?;
+        let restored = eventually(Duration::from_secs(30), || (published()? == right).then_some(()));
+        assert!(restored.is_some(), "it stays garbled: {object}");
+    }
     let used: BTreeSet<(String, String)> =
         api.requests()[earlier..].iter().filter_map(|request| used(request)).collect();
     for Permission { verb, resource, .. } in agent.iter().chain(&authority) {
-        // The API server of the tests has no such kind, as many have not.
-        if resource.starts_with("clustertrustbundles") {
-            continue;
-        }
         assert!(
             used.contains(&(verb.clone(), resource.clone())),
             "nobody uses {verb} on {resource}: {used:?}"
@@ -174,35 +171,71 @@ fn an_authority_that_lacks_a_verb_names_what_it_cannot_do() -> Result<()> {
     let authority = granted(&objects, &["ClusterRole/mtls-ca", "Role/mtls-ca"])?;
     let lab = Lab::two_nodes()?;
     lab.pod("node-a", "client")?;
+    lab.api_server()?.define("clustertrustbundles.certificates.k8s.io", true);
     let mut mesh = Mesh::start_with(&lab, &in_cluster())?;
     let api = lab.api_server()?;
     let log = || std::fs::read_to_string(lab.dir().join("ca.log")).unwrap_or_default();
-    for (verb, resource, expected) in [
-        ("get", "secrets", "Secret mtls-system/mtls-ca"),
-        ("get", "configmaps", "ConfigMap mtls-system/mtls-ca-root"),
-        ("list", "pods", "list and watch pods"),
-        ("watch", "namespaces", "list and watch namespaces"),
-        ("create", "tokenreviews.authentication.k8s.io", "TokenReview"),
-    ] {
-        let lacks = |permission: &&Permission| !(permission.verb == verb && permission.resource == resource);
-        assert_eq!(
-            authority.iter().filter(lacks).count() + 1,
-            authority.len(),
-            "{verb} {resource} is not granted"
-        );
-        api.rules(AUTHORITY, rules(authority.iter().filter(lacks)));
+    for missing in &authority {
+        let kind = missing.resource.split('.').next().unwrap_or_default();
+        let object = match kind {
+            "secrets" => Some(kept("Secret", "mtls-ca")),
+            "configmaps" => Some(kept("ConfigMap", "mtls-ca-root")),
+            "clustertrustbundles" => Some(kept("ClusterTrustBundle", "mtls-ca-root")),
+            _ => None,
+        };
+        match (missing.verb.as_str(), &object) {
+            ("create", Some(object)) => api.delete(object)?,
+            ("update", Some(object)) => drop(api.apply(&garbled(object))?),
+            _ => {}
+        }
+        api.rules(AUTHORITY, rules(authority.iter().filter(|permission| *permission != missing)));
         let earlier = log().len();
-        // One that has no authority at all never serves, and the lab says so.
-        let _ = mesh.restart_ca(&lab, &in_cluster());
+        mesh.relaunch_ca(&lab, &in_cluster())?;
         mesh.agent("node-a").kill();
         mesh.agent("node-a").launch()?;
+        let expected = match (kind, missing.verb.as_str()) {
+            ("secrets", "get") => "cannot read Secret mtls-system/mtls-ca".into(),
+            ("secrets", _) => "cannot make Secret mtls-system/mtls-ca".into(),
+            ("configmaps", "get") => "cannot read ConfigMap mtls-system/mtls-ca-root".into(),
+            ("configmaps", "create") => "cannot make ConfigMap mtls-system/mtls-ca-root".into(),
+            ("configmaps", _) => "cannot update ConfigMap mtls-system/mtls-ca-root".into(),
+            ("clustertrustbundles", "get") => "cannot read ClusterTrustBundle mtls-ca-root".into(),
+            ("clustertrustbundles", "create") => "cannot make ClusterTrustBundle mtls-ca-root".into(),
+            ("clustertrustbundles", _) => "cannot update ClusterTrustBundle mtls-ca-root".into(),
+            ("tokenreviews", _) => "TokenReview".into(),
+            (followed, _) => format!("list and watch {followed}"),
+        };
+        // One that never serves is asked nothing by the agent.
+        let is_said = |line: &str| {
+            line.contains(&expected)
+                && (is_trouble(line) || line.contains("the roots are in the ConfigMap only"))
+        };
         let named = eventually(Duration::from_secs(20), || {
-            let said = log().split_off(earlier);
-            said.lines().any(|line| line.contains(expected) && is_trouble(line)).then_some(())
+            log().split_off(earlier).lines().any(is_said).then_some(())
         });
-        assert!(named.is_some(), "without {verb} on {resource}: {}", log().split_off(earlier));
+        assert!(named.is_some(), "without {missing:?} not {expected:?}: {}", log().split_off(earlier));
     }
     Ok(())
+}
+
+/// What the authority keeps in the cluster.
+fn kept(kind: &str, name: &str) -> Value {
+    let version = if kind == "ClusterTrustBundle" { "certificates.k8s.io/v1beta1" } else { "v1" };
+    let mut object = json!({"apiVersion": version, "kind": kind, "metadata": {"name": name}});
+    if version == "v1" {
+        object["metadata"]["namespace"] = NAMESPACE.into();
+    }
+    object
+}
+
+/// The same with other roots than the authority's.
+fn garbled(object: &Value) -> Value {
+    let mut garbled = object.clone();
+    match object["kind"].as_str() {
+        Some("ClusterTrustBundle") => garbled["spec"] = json!({"trustBundle": "none"}),
+        _ => garbled["data"] = json!({"root-cert.pem": "none"}),
+    }
+    garbled
 }
 
 fn is_trouble(line: &str) -> bool {

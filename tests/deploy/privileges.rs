@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use mtls_tests::{Lab, Level, MARKER, Mesh, Mode, PodSpec, eventually, skip};
 
-use crate::container::{Container, NEEDS};
+use crate::container::{API_TOKEN, Container, NEEDS};
 
 #[test]
 fn with_exactly_its_privileges_an_agent_does_all_of_its_work() -> Result<()> {
@@ -71,6 +71,63 @@ fn with_exactly_its_privileges_an_agent_does_all_of_its_work() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn agents_in_containers_succeed_each_other_and_no_connection_is_refused() -> Result<()> {
+    if skip(&NEEDS) {
+        return Ok(());
+    }
+    let lab = Lab::two_nodes()?;
+    let client = lab.pod("node-a", "client")?;
+    let server = lab.add(PodSpec::new("node-b", "server").port("main", 7000))?;
+    let intruder = lab.outsider("node-a", "intruder")?;
+    let mut mesh = Mesh::start(&lab)?;
+    lab.peer_authentication(Level::Mesh, Mode::Strict)?;
+    let mut first = Vec::new();
+    for node in ["node-a", "node-b"] {
+        mesh.agent(node).kill();
+        let container = Container::agent(&lab, node)?;
+        container.launch(&lab, &mut mesh, node)?;
+        mesh.agent(node).await_ready()?;
+        first.push(container);
+    }
+    let _echo = server.serve(&["echo", "--listen", "[::]:7000"])?;
+    let to = server.addr(7000).to_string();
+    let mut stream = client.start_app(&["dial", "stream", &to, "--pause-ms", "10"])?;
+    stream.json_with("established")?;
+    let mut again = client.start_app(&["dial", "again", &to, "--limit-ms", "5000"])?;
+
+    let (mut next, mut retired) = (Vec::new(), Vec::new());
+    for (node, first) in ["node-a", "node-b"].into_iter().zip(&first) {
+        let container = first.beside(&lab, node)?;
+        retired.push(container.succeed(&lab, &mut mesh, node)?);
+        assert_ne!(container.pid()?, first.pid()?);
+        // The one that drains is another container's process, found by its own id.
+        let drains = eventually(Duration::from_secs(10), || {
+            let metrics = mesh.agent(node).metrics().ok()?;
+            (metrics.sum("mtls_predecessor_connections_open", &[]) == 1.0).then_some(())
+        });
+        drains.with_context(|| format!("{node}: {}", mesh.agent(node).log()))?;
+        next.push(container);
+    }
+    let refused = intruder.app(&["dial", "echo", &to])?;
+    assert_eq!(refused["ended"], "refused", "{refused}");
+    again.say("stop")?;
+    let answer = again.finish()?.success()?.json()?;
+    assert!(answer["conversations"].as_u64() > Some(50), "{answer}");
+    assert_eq!(answer["failures"], serde_json::json!({}), "{answer}");
+    stream.say("stop")?;
+    let answer = stream.finish()?.success()?.json()?;
+    assert!(answer["ended"] == "eof" && answer["turns"].as_u64() > Some(50), "{answer}");
+    // As kubelet ends the old pods, once the new ones are ready.
+    for old in retired {
+        old.terminate()?;
+        old.finish_within(Duration::from_secs(10))?.success()?;
+    }
+    let answer = client.app(&["dial", "echo", &to])?;
+    assert_eq!(answer["ended"], "eof", "{answer}");
+    Ok(())
+}
+
 /// Starts an agent that lacks something, and waits until it says so: as its last words, or as why it is not ready.
 fn says(lab: &Lab, mesh: &mut Mesh, container: &Container, expected: &str) -> Result<()> {
     let earlier = mesh.agent("node-a").log().len();
@@ -114,11 +171,25 @@ fn without_one_of_them_it_names_what_is_missing() -> Result<()> {
         ("/host/cni/bin", "/host/cni/bin"),
         ("/host/cni/conf", "/host/cni/conf"),
         ("/var/run/secrets/mtls/token", "/var/run/secrets/mtls/token/token"),
-        ("/var/run/secrets/mtls/root", "/var/run/secrets/mtls/root/root-cert.pem"),
+        ("/var/run/secrets/mtls/roots", "/var/run/secrets/mtls/roots/root-cert.pem"),
     ] {
         let container = Container::agent(&lab, "node-a")?.without_mount(place)?;
         says(&lab, &mut mesh, &container, named).context(place.to_owned())?;
     }
+    // The same of what stands in for the cluster here: with its token an agent reads the mesh.
+    let in_cluster = || Container::agent(&lab, "node-a")?.in_cluster(&lab);
+    let container = in_cluster()?;
+    let earlier = mesh.agent("node-a").log().len();
+    container.launch(&lab, &mut mesh, "node-a")?;
+    let agent = mesh.agent("node-a");
+    let has_mesh = eventually(Duration::from_secs(15), || {
+        agent.log().split_off(earlier).contains("the API server's objects are there").then_some(())
+    });
+    has_mesh.with_context(|| agent.log().split_off(earlier))?;
+    agent.kill();
+    drop(container);
+    let container = in_cluster()?.without_mount(API_TOKEN)?;
+    says(&lab, &mut mesh, &container, "no way to the Kubernetes API")?;
     // Nothing of this was for want of something else.
     let container = Container::agent(&lab, "node-a")?;
     container.launch(&lab, &mut mesh, "node-a")?;

@@ -82,6 +82,8 @@ fn they_install_prove_and_measure() -> Result<()> {
             "start --profile|create cluster",
             "image load|load image-archive",
             "apply -k",
+            "rollout status daemonset/mtls-check",
+            "delete -k",
             "rollout status daemonset/mtls-node",
             "apply -f",
             "logs capture",
@@ -98,6 +100,11 @@ fn they_install_prove_and_measure() -> Result<()> {
         assert_eq!(cells(table[0]), ["mtls", "10.00", "10.00", "10000", "10000", "10000"]);
         assert_eq!(cells(table[1])[0], "plain");
         assert!(table[2].contains("req/s"), "{table:?}");
+        assert!(
+            tried.finished.stderr.contains("node mtls-worker: can take part"),
+            "{}",
+            tried.finished.stderr
+        );
         // Nothing was applied that Kubernetes would not take; policies are judged elsewhere.
         let documents =
             tried.applied.split("\n---\n").filter(|text| !text.contains("security.istio.io/v1\nkind: Peer"));
@@ -119,6 +126,7 @@ fn what_is_not_proven_fails_and_says_so() -> Result<()> {
         ("open", "the intruder still gets in"),
         ("unenrolled", "the pods are not enrolled"),
         ("cgroup1", "has no cgroup2"),
+        ("unfit", "not every node can take part"),
     ] {
         for script in SCRIPTS {
             let tried = tried(script, &[], behaves)?;

@@ -23,17 +23,21 @@ fn container<'a>(objects: &'a Objects, key: &str) -> Result<&'a Value> {
 #[test]
 fn every_flag_in_them_exists() -> Result<()> {
     needs!("kubectl");
+    let are_known = |objects: &Objects, key: &str| -> Result<()> {
+        let args = texts(container(objects, key)?, "/args")?;
+        let (subcommand, given) = args.split_first().context("no subcommand")?;
+        let known = flags(subcommand)?;
+        for flag in given {
+            let name = flag.trim_start_matches("--").split('=').next().unwrap_or_default();
+            assert!(known.contains(name), "mtls {subcommand} has no {flag}");
+        }
+        Ok(())
+    };
+    are_known(&parse(&kustomized("check")?)?, "DaemonSet/mtls-check")?;
     for (directory, _) in VARIANTS {
         let objects = parse(&kustomized(directory)?)?;
-        for key in ["DaemonSet/mtls-node", "Deployment/mtls-ca"] {
-            let args = texts(container(&objects, key)?, "/args")?;
-            let (subcommand, given) = args.split_first().context("no subcommand")?;
-            let known = flags(subcommand)?;
-            for flag in given {
-                let name = flag.trim_start_matches("--").split('=').next().unwrap_or_default();
-                assert!(known.contains(name), "mtls {subcommand} has no {flag}");
-            }
-        }
+        are_known(&objects, "DaemonSet/mtls-node")?;
+        are_known(&objects, "Deployment/mtls-ca")?;
         let (_, config) =
             objects.iter().find(|(key, _)| key.starts_with("ConfigMap/")).context("no config")?;
         let config: Value = serde_yaml_ng::from_str(text_of(config, "/data/node.config")?)?;
@@ -68,13 +72,23 @@ fn each_privilege_is_justified_in_a_line() -> Result<()> {
     needs!("kubectl");
     let readme = read("README.md")?;
     let objects = parse(&kustomized("")?)?;
-    let agent = container(&objects, "DaemonSet/mtls-node")?;
-    let capabilities =
-        texts(agent, "/securityContext/capabilities/add")?.into_iter().collect::<BTreeSet<_>>();
-    assert_eq!(named(&table(&readme, "capability", 0)?), capabilities);
-    let spec = objects["DaemonSet/mtls-node"].pointer("/spec/template/spec").context("no spec")?;
-    let host = ["hostNetwork", "hostPID", "hostIPC"].into_iter().filter(|key| spec[*key] == true).collect();
-    assert_eq!(named(&table(&readme, "of the node", 0)?), host);
+    for (directory, key, occurrence) in [("", "DaemonSet/mtls-node", 0), ("check", "DaemonSet/mtls-check", 1)]
+    {
+        let objects = parse(&kustomized(directory)?)?;
+        let container = container(&objects, key)?;
+        let capabilities = texts(container, "/securityContext/capabilities/add")?.into_iter().collect();
+        assert_eq!(named(&table(&readme, "capability", occurrence)?), capabilities, "{key}");
+        let template = objects[key].pointer("/spec/template").context("no template")?;
+        let mut of_node: BTreeSet<&str> = ["hostNetwork", "hostPID", "hostIPC"]
+            .into_iter()
+            .filter(|flag| template["spec"][*flag] == true)
+            .collect();
+        of_node.extend(container.pointer("/securityContext/seLinuxOptions/type").and_then(Value::as_str));
+        let armour =
+            format!("container.apparmor.security.beta.kubernetes.io/{}", text_of(container, "/name")?);
+        of_node.extend(template["metadata"]["annotations"][armour].as_str());
+        assert_eq!(named(&table(&readme, "of the node", occurrence)?), of_node, "{key}");
+    }
     for (key, occurrence) in [("DaemonSet/mtls-node", 0), ("Deployment/mtls-ca", 1)] {
         let rows = table(&readme, "mount", occurrence)?;
         let volumes = objects[key].pointer("/spec/template/spec/volumes").and_then(Value::as_array);
@@ -165,8 +179,9 @@ fn surge_pods_find_room_beside_the_old_ones() -> Result<()> {
 #[test]
 fn no_pod_has_more_than_was_asked_for_in_sight() -> Result<()> {
     needs!("kubectl");
-    let objects = parse(&kustomized("")?)?;
-    for key in ["DaemonSet/mtls-node", "Deployment/mtls-ca"] {
+    let mut objects = parse(&kustomized("")?)?;
+    objects.extend(parse(&kustomized("check")?)?);
+    for key in ["DaemonSet/mtls-node", "Deployment/mtls-ca", "DaemonSet/mtls-check"] {
         let spec = objects[key].pointer("/spec/template/spec").context("no spec")?;
         assert_eq!(spec["automountServiceAccountToken"], false, "{key}");
         let container = container(&objects, key)?;
@@ -178,13 +193,17 @@ fn no_pod_has_more_than_was_asked_for_in_sight() -> Result<()> {
         assert!(profile.contains(&&Value::from("RuntimeDefault")), "{key}");
         assert!(container.pointer("/resources/requests/cpu").is_some(), "{key}");
         assert!(container.pointer("/resources/limits/memory").is_some(), "{key}");
-        assert!(spec["priorityClassName"].as_str().is_some_and(|name| name.starts_with("system-")), "{key}");
-        for volume in spec["volumes"].as_array().context("no volumes")? {
+        for volume in spec["volumes"].as_array().into_iter().flatten() {
             for token in volume.pointer("/projected/sources/0/serviceAccountToken").into_iter() {
                 assert_eq!(token["expirationSeconds"], 3600, "{key}: {volume}");
             }
         }
-        let account = text_of(spec, "/serviceAccountName")?;
+        // A check must push nothing off a node; what protects the others comes before them.
+        let Ok(account) = text_of(spec, "/serviceAccountName") else {
+            assert_eq!((key, &spec["priorityClassName"]), ("DaemonSet/mtls-check", &Value::Null));
+            continue;
+        };
+        assert!(spec["priorityClassName"].as_str().is_some_and(|name| name.starts_with("system-")), "{key}");
         assert_eq!(objects[&format!("ServiceAccount/{account}")]["automountServiceAccountToken"], false);
     }
     let authority = objects["Deployment/mtls-ca"].pointer("/spec/template/spec").context("no spec")?;

@@ -58,6 +58,10 @@ cluster() {
             if happened strict; then packet refused; fi
             if happened enrolled && behaves leaky; then packet plain; fi
             ;;
+        *"-n mtls-check rollout status"*) if behaves unfit; then exit 1; fi ;;
+        *"-n mtls-check logs "*)
+            if behaves unfit; then echo "node mtls-worker: can't take part yet"; else echo "node mtls-worker: can take part"; fi
+            ;;
         *wait* | *rollout* | *delete* | "config use-context "*) ;;
         *) exit 64 ;;
     esac

@@ -4,7 +4,6 @@
 
 use std::io::Write;
 use std::net::SocketAddr;
-use std::os::fd::AsRawFd;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,28 +12,37 @@ use anyhow::{Context, Result, ensure};
 use mtls_tests::{Lab, Level, MARKER, Mesh, Mode, Pod, PodSpec, Running, eventually};
 use serde_json::{Value, json};
 
+use crate::kernel_tls;
+
 /// A case and what holds if it passes, for a person; it returns what it saw.
 type Case = (&'static str, fn(&mut Scene) -> Result<String>);
 
-const CASES: [Case; 7] = [
+const CASES: [Case; 10] = [
     ("mutual TLS between two nodes", mutual_tls),
     ("original addresses at both ends", original_addresses),
     ("same node, authenticated", same_node),
     ("STRICT refuses plaintext", strict),
     ("a killed agent leaves STRICT in force, the next adopts it", adoption),
+    (
+        "`--same-node direct`: without the agent once it has let them, or an error at the start",
+        same_node_direct,
+    ),
     ("what the agent needs works, each part tried", features),
-    ("kernel TLS, or the reported fallback", kernel_tls),
+    ("kernel TLS, or the reported fallback", kernel_tls::reported),
+    ("the tunnel's tests with records in the kernel, or in userspace as reported", kernel_tls::tunnel_suite),
+    ("`--kernel-tls on`: long streams in the kernel, or an error at the start", kernel_tls::told_to),
 ];
 
 /// A server, an enrolled client far from it and one near, and somebody who is not in the mesh.
-struct Scene {
+pub struct Scene {
     // Fields are dropped in this order: processes before the lab they run in.
-    echo: Running,
-    mesh: Mesh,
-    far: Arc<Pod>,
+    pub echo: Running,
+    _sum: Running,
+    pub mesh: Mesh,
+    pub far: Arc<Pod>,
     near: Arc<Pod>,
     stranger: Arc<Pod>,
-    server: Arc<Pod>,
+    pub server: Arc<Pod>,
     lab: Lab,
 }
 
@@ -72,9 +80,15 @@ fn say(case: &str, outcome: &Result<String>, begun: Instant) {
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());
 }
 
+/// The release, and Debian's version where the release does not tell it.
 fn kernel() -> String {
-    nix::sys::utsname::uname()
-        .map_or_else(|_| "unknown".into(), |name| name.release().to_string_lossy().into_owned())
+    let Ok(name) = nix::sys::utsname::uname() else { return "unknown".into() };
+    let (release, version) = (name.release().to_string_lossy(), name.version().to_string_lossy());
+    let debian = version.split_once("Debian ").and_then(|(_, rest)| rest.split(' ').next());
+    match debian {
+        Some(debian) => format!("{debian} ({release})"),
+        None => release.into_owned(),
+    }
 }
 
 impl Scene {
@@ -83,10 +97,11 @@ impl Scene {
         let far = lab.pod("node-a", "far")?;
         let near = lab.pod("node-b", "near")?;
         let stranger = lab.outsider("node-a", "stranger")?;
-        let server = lab.add(PodSpec::new("node-b", "server").port("main", 7000))?;
+        let server = lab.add(PodSpec::new("node-b", "server").port("main", 7000).port("other", 7001))?;
         let mesh = Mesh::start(&lab)?;
         let echo = server.serve(&["echo", "--listen", "[::]:7000"])?;
-        Ok(Self { echo, mesh, far, near, stranger, server, lab })
+        let sum = server.serve(&["sum", "--listen", "[::]:7001"])?;
+        Ok(Self { echo, _sum: sum, mesh, far, near, stranger, server, lab })
     }
 
     /// A message there and back.
@@ -106,7 +121,7 @@ impl Scene {
     }
 
     /// What `mtls lab features` says where the first node's agent runs.
-    fn examine(&self) -> Result<Value> {
+    pub fn examine(&self) -> Result<Value> {
         let node = self.lab.node("node-a")?;
         let mut command = node.command_in("agent", mtls_tests::mtls()?);
         command.args(["lab", "features", "--output", "json", "--cgroup-root"]).arg(node.cgroup());
@@ -184,6 +199,45 @@ fn adoption(scene: &mut Scene) -> Result<String> {
     Ok(format!("ready again in {ready} ms"))
 }
 
+/// From here on the second node's agent lets pods of its node speak by themselves.
+fn same_node_direct(scene: &mut Scene) -> Result<String> {
+    let report = scene.examine()?;
+    let findings = report["features"].as_array().context("no features in the report")?;
+    let finding = findings.iter().find(|finding| finding["name"] == "same-node-direct");
+    let works = finding.context("no finding on direct connections")?["works"] == true;
+    let agent = scene.mesh.agent("node-b");
+    if !works {
+        let mut command = agent.command()?;
+        command.args(agent.args().iter().map(|arg| if arg == "relay" { "direct" } else { arg }));
+        let finished = Running::start(command)?.finish()?;
+        let said =
+            finished.stderr.lines().find(|line| line.contains("--same-node direct")).map(str::to_owned);
+        ensure!(!finished.status.success(), "an agent started that should have refused");
+        return Ok(format!("refused at the start: {}", said.context("without naming the setting")?));
+    }
+    agent.kill();
+    let args = agent.args();
+    let place = args.iter().position(|arg| arg == "--same-node").context("no --same-node")?;
+    "direct".clone_into(args.get_mut(place + 1).context("no --same-node")?);
+    agent.start()?;
+    let mut connections = 0;
+    let direct = eventually(Duration::from_secs(30), || {
+        let accepted = direct_accepted(scene)?;
+        scene.echoes(&scene.near, scene.server.addr(7000)).ok()?;
+        connections += 1;
+        (direct_accepted(scene)? > accepted).then_some(())
+    });
+    direct.context("every connection goes through the agent")?;
+    scene.echoes(&scene.far, scene.server.addr(7000))?;
+    scene.refuses(&scene.stranger)?;
+    Ok(format!("connection {connections} went directly; a stranger's is refused"))
+}
+
+fn direct_accepted(scene: &mut Scene) -> Option<f64> {
+    let metrics = scene.mesh.agent("node-b").metrics().ok()?;
+    Some(metrics.sum("mtls_kernel_events_total", &[("counter", "direct_accepted")]))
+}
+
 /// `mtls lab features` in the agent's place; its findings stand on the console too, for the table of kernels.
 fn features(scene: &mut Scene) -> Result<String> {
     let report = scene.examine()?;
@@ -201,40 +255,6 @@ fn features(scene: &mut Scene) -> Result<String> {
         .collect();
     println!("{}", json!({ "optional": optional }));
     Ok(format!("{count} parts"))
-}
-
-/// What the product says about the kernel's TLS is what a socket of ours sees, and what the agent acts on.
-fn kernel_tls(scene: &mut Scene) -> Result<String> {
-    let has_tls = takes_tls()?;
-    let report = scene.examine()?;
-    let findings = report["features"].as_array().context("no features in the report")?;
-    let finding = findings.iter().find(|finding| finding["name"] == "ktls-aes-128-gcm");
-    let finding = finding.context("no finding on kernel TLS")?;
-    ensure!(finding["works"] == has_tls, "a socket says {has_tls}: {finding}");
-    let metrics = scene.mesh.agent("node-a").metrics()?;
-    let used = metrics.sum("mtls_capability", &[("feature", "ktls-aes-128-gcm")]);
-    ensure!(metrics.has("mtls_capability") && used == f64::from(u8::from(has_tls)), "the agent says {used}");
-    let said = match has_tls {
-        true => finding["seen"].as_str(),
-        false => {
-            let instead = finding["instead"].as_str().context("no fallback is named")?;
-            let log = scene.mesh.agent("node-a").log();
-            ensure!(log.contains("does without ktls-aes-128-gcm"), "the agent does not say so:\n{log}");
-            Some(instead)
-        }
-    };
-    Ok(format!("{}{}", if has_tls { "" } else { "none: " }, said.unwrap_or_default()))
-}
-
-/// Whether a connected socket can be given to the kernel's TLS.
-fn takes_tls() -> Result<bool> {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
-    let socket = std::net::TcpStream::connect(listener.local_addr()?)?;
-    // SAFETY: the kernel reads three bytes.
-    let outcome = unsafe {
-        libc::setsockopt(socket.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_ULP, c"tls".as_ptr().cast(), 3)
-    };
-    Ok(outcome == 0)
 }
 
 /// An address that an application printed, v4-mapped or not.

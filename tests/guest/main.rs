@@ -6,6 +6,7 @@
 
 mod cases;
 mod init;
+mod kernel_tls;
 mod modules;
 
 use std::path::Path;

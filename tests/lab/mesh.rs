@@ -115,6 +115,13 @@ impl Mesh {
         self.ca = Some(start_ca(lab, lab.nodes().first().context("a lab without nodes")?, options)?);
         Ok(())
     }
+
+    /// The same without waiting until it serves: it may never do so.
+    pub fn relaunch_ca(&mut self, lab: &Lab, options: &Options) -> Result<()> {
+        self.ca = None;
+        self.ca = Some(launch_ca(lab, lab.nodes().first().context("a lab without nodes")?, options)?);
+        Ok(())
+    }
 }
 
 /// The agent of one node.
@@ -192,6 +199,16 @@ impl Agent {
     /// The same until the new one has this one's place, and is what this is from now on. Returns the old one.
     pub fn replace(&mut self) -> Result<Running> {
         let new = self.start_another()?;
+        self.is_replaced_by(new)
+    }
+
+    /// The same by another command, as in [`Self::launch_by`].
+    pub fn replace_by(&mut self, command: Command) -> Result<Running> {
+        let new = self.start_by(command)?;
+        self.is_replaced_by(new)
+    }
+
+    fn is_replaced_by(&mut self, new: Running) -> Result<Running> {
         let old = self.process.replace(new).context("the agent does not run")?;
         let succeeded = eventually(Duration::from_secs(30), || {
             let metrics = self.metrics().ok()?;
@@ -205,9 +222,13 @@ impl Agent {
     /// Starts it by another command, which is asked to end when it is dropped: a container runtime, say.
     pub fn launch_by(&mut self, command: Command) -> Result<()> {
         ensure!(self.process.is_none(), "the agent of {} runs already", self.node.name());
-        let process = Running::start_logged(command, &self.access_log_file(), &self.log_file())?;
-        self.process = Some(process.stopped_by(nix::sys::signal::Signal::SIGTERM));
+        self.process = Some(self.start_by(command)?);
         Ok(())
+    }
+
+    fn start_by(&self, command: Command) -> Result<Running> {
+        let process = Running::start_logged(command, &self.access_log_file(), &self.log_file())?;
+        Ok(process.stopped_by(nix::sys::signal::Signal::SIGTERM))
     }
 
     /// The product's binary in the place where this agent runs, without arguments.
@@ -402,7 +423,7 @@ pub fn eventually<T>(limit: Duration, mut attempt: impl FnMut() -> Option<T>) ->
     }
 }
 
-fn start_ca(lab: &Lab, node: &Arc<Node>, options: &Options) -> Result<Running> {
+fn launch_ca(lab: &Lab, node: &Arc<Node>, options: &Options) -> Result<Running> {
     let dir = lab.dir();
     let listen = SocketAddr::new(node.ip(), CA_PORT);
     let mut command = node.command_in("agent", requirements::mtls()?);
@@ -416,7 +437,12 @@ fn start_ca(lab: &Lab, node: &Arc<Node>, options: &Options) -> Result<Running> {
     }
     command.arg("--leaf-lifetime").arg(options.leaf_lifetime);
     let log = dir.join("ca.log");
-    let mut ca = Running::start_logged(command, &log, &log)?;
+    Running::start_logged(command, &log, &log)
+}
+
+fn start_ca(lab: &Lab, node: &Arc<Node>, options: &Options) -> Result<Running> {
+    let (dir, listen) = (lab.dir(), SocketAddr::new(node.ip(), CA_PORT));
+    let mut ca = launch_ca(lab, node, options)?;
     let serving = eventually(Duration::from_secs(20), || {
         if options.kubernetes {
             cluster::mount_roots(lab, &root_file(dir));
@@ -428,7 +454,7 @@ fn start_ca(lab: &Lab, node: &Arc<Node>, options: &Options) -> Result<Running> {
     if serving != Some(true) {
         bail!(
             "the certificate authority does not serve:\n{}",
-            std::fs::read_to_string(&log).unwrap_or_default()
+            std::fs::read_to_string(dir.join("ca.log")).unwrap_or_default()
         );
     }
     Ok(ca)

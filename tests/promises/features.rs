@@ -97,7 +97,8 @@ fn the_agent_uses_what_works_and_a_path_that_is_forced_and_cannot_work_is_an_err
     let mut scene = Scene::new()?;
     let report: Value = serde_json::from_str(&examine(&scene.lab, &mut scene.mesh, &[])?.stdout)?;
     let metrics = scene.mesh.agent("node-a").metrics()?;
-    let choices = ["ktls-aes-128-gcm", "ktls-aes-256-gcm", "splice", "tcp-rto-max", "socket-destroy"];
+    let choices =
+        ["ktls-aes-128-gcm", "ktls-aes-256-gcm", "ktls-rekey", "splice", "tcp-rto-max", "socket-destroy"];
     for name in choices {
         let works = finding(&report, name)?["works"] == true;
         let used = metrics.sum("mtls_capability", &[("feature", name)]);
@@ -114,7 +115,7 @@ fn the_agent_uses_what_works_and_a_path_that_is_forced_and_cannot_work_is_an_err
 
     agent.kill();
     for (word, named) in [("splice=perhaps", "splice=perhaps"), ("teleport=on", "teleport")] {
-        let log = fails_with(agent, word)?;
+        let log = fails_with(agent, &["--feature", word])?;
         assert!(log.contains(named), "{log}");
     }
     // Whatever this kernel can't do; there is none that can do all of it yet.
@@ -122,18 +123,47 @@ fn the_agent_uses_what_works_and_a_path_that_is_forced_and_cannot_work_is_an_err
         .into_iter()
         .filter(|name| finding(&report, name).is_ok_and(|finding| finding["works"] == false));
     if let Some(name) = cannot.next() {
-        let log = fails_with(agent, &format!("{name}=on"))?;
+        let log = fails_with(agent, &["--feature", &format!("{name}=on")])?;
         assert!(log.contains(name) && log.contains("does not work here"), "{log}");
     }
     Ok(())
 }
 
-/// Starts the agent with one more setting, waits for its end, and returns what it said.
-fn fails_with(agent: &mut mtls_tests::Agent, setting: &str) -> Result<String> {
+#[test]
+fn kernel_tls_that_is_asked_for_carries_records_or_is_an_error_that_says_why_not() -> Result<()> {
+    needs!();
+    let mut scene = Scene::new()?;
+    let report: Value = serde_json::from_str(&examine(&scene.lab, &mut scene.mesh, &[])?.stdout)?;
+    let works = finding(&report, "ktls-aes-128-gcm")?["works"] == true;
+    let agent = scene.mesh.agent("node-a");
+    assert!(agent.log().contains("records of long streams"), "{}", agent.log());
+    agent.kill();
+    // Without splice nothing could move what the kernel seals.
+    let splice = ["--kernel-tls", "on", "--feature", "splice=off"];
+    let log = fails_with(agent, &splice)?;
+    assert!(log.contains("--kernel-tls on") && log.contains("does without splice: switched off"), "{log}");
+    if works {
+        agent.args().extend(["--kernel-tls", "on"].map(str::to_owned));
+        agent.start()?;
+        assert!(agent.log().contains("carrier=\"kernel\""), "{}", agent.log());
+    } else {
+        let log = fails_with(agent, &["--kernel-tls", "on"])?;
+        let named = log.contains("--kernel-tls on") && log.contains("does without ktls-aes-128-gcm");
+        assert!(named && log.contains("CONFIG_TLS"), "{log}");
+        // What it says it does instead, it does.
+        agent.args().extend(["--kernel-tls", "auto"].map(str::to_owned));
+        agent.start()?;
+        assert!(agent.log().contains("the kernel carries none"), "{}", agent.log());
+    }
+    Ok(())
+}
+
+/// Starts the agent with more settings, waits for its end, and returns what it said.
+fn fails_with(agent: &mut mtls_tests::Agent, settings: &[&str]) -> Result<String> {
     let mut command = agent.command()?;
-    command.args(agent.args().clone()).args(["--feature", setting]);
+    command.args(agent.args().clone()).args(settings);
     let finished = Running::start(command)?.finish_within(Duration::from_secs(20))?;
-    assert!(!finished.status.success(), "{setting} was accepted");
+    assert!(!finished.status.success(), "{settings:?} was accepted");
     Ok(finished.stderr)
 }
 

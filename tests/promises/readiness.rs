@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use mtls_tests::{Agent, Lab, Level, Mesh, Mode, Pod, PodSpec, Running, eventually};
+use mtls_tests::{Agent, Lab, Level, Mesh, Mode, Options, Pod, PodSpec, Running, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -356,6 +356,64 @@ fn what_the_agent_was_too_slow_for_is_said_and_is_not_ready() -> Result<()> {
     assert!(agent.metrics()?.sum("mtls_plaintext_sightings_lost_total", &[]) > 10_000.0);
     // What was lost before the window is nobody's reason any more.
     asked_until(agent, &["--window", "1s"], |said| said.code == Some(0))?;
+    Ok(())
+}
+
+#[test]
+fn what_the_api_server_will_call_is_named_before_it_calls() -> Result<()> {
+    needs!();
+    let mut scene = Scene::with(&Options { kubernetes: true, ..Options::default() })?;
+    let _hook = scene.server.serve(&["echo", "--listen", "[::]:7000"])?;
+    let _other = scene.server.serve(&["echo", "--listen", "[::]:7001"])?;
+    scene.lab.service("hook", &[&scene.server], 443, &json!(7000))?;
+    let api = scene.lab.api_server()?;
+    let short = ["--window", "1s"];
+    asked_until(scene.mesh.agent("node-b"), &short, |said| said.code == Some(0))?;
+    let rules = json!({
+        "apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration",
+        "metadata": { "name": "rules" },
+        "webhooks": [{ "name": "rules.shop.example", "sideEffects": "None", "admissionReviewVersions": ["v1"],
+            "clientConfig": { "service": { "namespace": "shop", "name": "hook" }, "caBundle": "AA==" } }],
+    });
+    api.apply(&rules)?;
+    let agent = scene.mesh.agent("node-b");
+    let said = asked_until(agent, &short, |said| said.port("server", 7000)["called_by"][0] != Value::Null)?;
+    let call = json!({ "by": "ValidatingWebhookConfiguration rules", "service": "shop/hook", "port": 443, "cut_off": true });
+    assert_eq!(said.port("server", 7000)["called_by"], json!([call]));
+    assert_eq!((said.code, said.cut_off(7000).len()), (Some(1), 0), "nobody has come: {:#}", said.json);
+    assert_eq!(said.port("server", 7001)["called_by"], json!([]), "another port of the pod");
+    asked_until(scene.mesh.agent("node-a"), &short, |said| said.code == Some(0)).context("another node")?;
+
+    // STRICT at once would have cut it off; with the remedy that was named it is served, and only it.
+    let caller = scene.lab.node("node-a")?;
+    let [hook, other] = [7000, 7001].map(|port| scene.server.addr(port).to_string());
+    scene.lab.peer_authentication(Level::Mesh, Mode::Strict)?;
+    let refused = eventually(Duration::from_secs(10), || {
+        (caller.app(&["dial", "echo", &hook]).ok()?["ended"] == "refused").then_some(())
+    });
+    assert!(refused.is_some(), "STRICT lets the API server in");
+    scene.lab.peer_authentication(Level::Ports(&scene.server, &[(7000, Mode::Permissive)]), Mode::Strict)?;
+    let served = eventually(Duration::from_secs(10), || {
+        (caller.app(&["dial", "echo", &hook]).ok()?["ended"] == "eof").then_some(())
+    });
+    assert!(served.is_some(), "its port is not kept open");
+    assert_eq!(caller.app(&["dial", "echo", &other])?["ended"], "refused");
+    let agent = scene.mesh.agent("node-b");
+    let said = asked_until(agent, &["--window", "10m"], |said| {
+        said.port("server", 7000)["kept_open"].as_array().is_some_and(|rows| !rows.is_empty())
+    })?;
+    assert_eq!(said.port("server", 7000)["called_by"][0]["cut_off"], false, "{:#}", said.json);
+    assert_eq!(said.port("server", 7000)["ready"], true, "{:#}", said.json);
+    let table = agent.readiness(&short)?;
+    for expected in ["kept open by the port's own mode", "KEPT OPEN FOR THE API SERVER", "node node-a"] {
+        assert!(table.stdout.contains(expected), "no {expected} in\n{}", table.stdout);
+    }
+    assert!(table.status.success(), "{}", table.stdout);
+
+    api.delete(&rules)?;
+    asked_until(agent, &["--window", "10m"], |said| {
+        said.port("server", 7000)["called_by"] == json!([]) && said.cut_off(7000).len() == 1
+    })?;
     Ok(())
 }
 

@@ -104,6 +104,38 @@ fn an_agent_whose_successor_fails_goes_on() -> Result<()> {
     Ok(())
 }
 
+/// kubelet ends the old pod once the new one is ready, whoever of the two answers its probe.
+#[test]
+fn while_a_successor_waits_for_the_api_server_nobody_is_taken_for_it() -> Result<()> {
+    needs!();
+    let mut scene = Scene::with(&Options { kubernetes: true, ..Options::default() })?;
+    let _echo = scene.server.serve(&["echo", "--listen", "[::]:7000"])?;
+    let to = scene.server.addr(7000).to_string();
+    let mut again = scene.far.start_app(&["dial", "again", &to, "--limit-ms", "5000"])?;
+    scene.lab.api_server()?.go_away();
+    let agent = scene.mesh.agent("node-b");
+    let newcomer = agent.start_another()?;
+    let waits = |answer: &mtls_tests::Response| answer.status == 503 && answer.body.contains("mesh");
+    let waiting = eventually(Duration::from_secs(10), || agent.get("/healthz/ready").ok().filter(waits));
+    waiting.with_context(|| format!("{:?}\n{}", agent.get("/healthz/ready"), agent.log()))?;
+    assert_eq!(agent.get("/healthz/live")?.status, 200, "it waits, and is not to be started anew");
+    assert_echoed(&scene.near.app(&["dial", "echo", &to])?);
+
+    // It is given up: the old one answers for itself again.
+    drop(newcomer);
+    scene.mesh.agent("node-b").await_ready_within(Duration::from_secs(10))?;
+    // The next has more luck.
+    scene.lab.api_server()?.come_back();
+    let retired = scene.mesh.agent("node-b").replace()?;
+    retired.terminate()?;
+    assert_echoed(&scene.near.app(&["dial", "echo", &to])?);
+    again.say("stop")?;
+    let answer = again.finish()?.success()?.json()?;
+    assert!(answer["conversations"].as_u64() > Some(50), "{answer}");
+    assert_eq!(answer["failures"], serde_json::json!({}), "{answer}");
+    Ok(())
+}
+
 #[test]
 fn a_retired_agent_without_a_successor_ends_so_that_it_can_start_anew() -> Result<()> {
     needs!();

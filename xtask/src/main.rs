@@ -46,6 +46,9 @@ enum Task {
 }
 
 fn main() -> Result<()> {
+    if let Some(error) = toolchain::wrap() {
+        return Err(error).context("call the compiler");
+    }
     match Args::parse().command {
         Task::Setup => setup::run(),
         Task::Build(build) => build.run().map(|path| println!("{}", path.display())),

@@ -4,10 +4,13 @@
 //! with a built one. Both need bpf-linker.
 
 use std::env;
+use std::ffi::OsString;
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use crate::build;
 
 const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 const DEBIAN_CARGO: &str = "/usr/bin/cargo";
@@ -130,8 +133,46 @@ impl Compiler {
             }
         }
         command.args(["--release", "--target", TARGET]);
+        // Added to those that the kernel half's own configuration gives.
+        let flags: Vec<String> = remapped_paths().iter().map(|flag| format!("{flag:?}")).collect();
+        command.arg("--config").arg(format!("target.{TARGET}.rustflags=[{}]", flags.join(", ")));
+        if let Ok(own) = env::current_exe() {
+            command.env("RUSTC_WRAPPER", own).env(WRAPPING, "1");
+        }
         command
     }
+}
+
+/// Flags by which where it was built is nobody's business, and does not make each machine's build another one.
+pub fn remapped_paths() -> Vec<String> {
+    let workspace = build::workspace().canonicalize().ok();
+    let cargo =
+        env::var_os("CARGO_HOME").map(PathBuf::from).or_else(|| Some(env::home_dir()?.join(".cargo")));
+    let places = [(workspace, "/mtls"), (cargo, "/cargo")];
+    let flag =
+        |(from, to): (Option<PathBuf>, &str)| Some(format!("--remap-path-prefix={}={to}", from?.display()));
+    places.into_iter().filter_map(flag).collect()
+}
+
+/// Says that this program stands in the compiler's place.
+const WRAPPING: &str = "MTLS_WRAPS_RUSTC";
+
+/// Calls the compiler, if that is what this program was called for: cargo names a crate of ours after its directory,
+/// when that is not below the workspace's own, and by this name all symbols of the kernel half.
+pub fn wrap() -> Option<std::io::Error> {
+    use std::os::unix::process::CommandExt;
+    env::var_os(WRAPPING)?;
+    let mut args = env::args_os().skip(1);
+    let rustc = args.next()?;
+    let args: Vec<OsString> = args.collect();
+    let named = args.iter().skip_while(|arg| *arg != "--crate-name").nth(1).and_then(|name| name.to_str());
+    let named = named.filter(|name| name.starts_with("mtls_")).map(|name| format!("metadata={name}"));
+    let is_metadata = |arg: &OsString| arg.to_str().is_some_and(|arg| arg.starts_with("metadata="));
+    let args = args.iter().map(|arg| match &named {
+        Some(named) if is_metadata(arg) => OsString::from(named),
+        _ => arg.clone(),
+    });
+    Some(Command::new(rustc).args(args).env_remove(WRAPPING).exec())
 }
 
 fn has_nightly() -> bool {

@@ -4,7 +4,7 @@ use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::time::Instant;
 
-use super::{Load, Purpose, Report, Workload, bulk, connect, idle, paced, request};
+use super::{Load, Purpose, Report, Workload, bulk, connect, idle, paced, request, verify};
 
 /// Runs one load against a server and reports.
 ///
@@ -20,6 +20,7 @@ pub fn run(to: SocketAddr, load: Load) -> io::Result<Report> {
         Workload::Connect => connect::run(to, &load),
         Workload::First => first(to, load.size),
         Workload::Idle => idle::run(to, &load),
+        Workload::Verify => verify::run(to, &load),
     }
 }
 

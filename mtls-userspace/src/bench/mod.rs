@@ -18,6 +18,7 @@ mod poll;
 mod request;
 mod server;
 mod tally;
+mod verify;
 
 pub use client::run;
 pub use decide::{Decisions, decide};
@@ -41,6 +42,8 @@ pub enum Workload {
     First,
     /// Open connections, exchange once, and hold them until standard input ends
     Idle,
+    /// A few megabytes there and back on one connection after another, each byte compared
+    Verify,
 }
 
 /// How much of it.

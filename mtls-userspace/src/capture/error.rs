@@ -8,6 +8,10 @@ use std::path::PathBuf;
 pub enum Error {
     #[error("this binary was built without the BPF object; build it with `cargo xtask build`")]
     NoObject,
+    #[error(
+        "this binary carries a BPF object of another version ({what}); build both again with `cargo xtask build`"
+    )]
+    StaleObject { what: String },
     #[error("the kernel lacks {feature}, which Linux {since} has{remedy}")]
     MissingFeature { feature: String, since: &'static str, remedy: &'static str },
     #[error("capability {0} is missing; run as root, or grant it to the process")]

@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use aya::maps::lpm_trie::LpmTrie;
 use aya::maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray, RingBuf, SockHash};
 use aya::programs::{Program, ProgramError, ProgramFd, loaded_programs};
-use aya::{Ebpf, EbpfLoader, Pod as Plain};
+use aya::{Ebpf, EbpfError, EbpfLoader, Pod as Plain};
 use aya_log::EbpfLogger;
 use mtls_common::{
     Agent, Choice, Direct, Endpoint, Flow, Grant, GrantKey, Lease, ListenerKey, Local, ModeKey, Note, Pod,
@@ -113,13 +113,28 @@ pub(super) fn open(pins: &Pins) -> Result<Ebpf, Error> {
     if OBJECT.is_empty() {
         return Err(Error::NoObject);
     }
+    let ebpf = open_object(OBJECT, pins)?;
+    let maps = map::PINNED.into_iter().chain([map::EVENTS, map::ENDINGS]);
+    let lacks = maps.filter(|name| ebpf.map(name).is_none());
+    let lacks = lacks.chain(program::ALL.into_iter().filter(|name| ebpf.program(name).is_none()));
+    match lacks.collect::<Vec<_>>().join(", ") {
+        lacks if lacks.is_empty() => Ok(ebpf),
+        lacks => Err(Error::StaleObject { what: format!("it lacks {lacks}") }),
+    }
+}
+
+fn open_object(object: &[u8], pins: &Pins) -> Result<Ebpf, Error> {
     let mut loader = EbpfLoader::new();
     for name in map::PINNED {
         loader.map_pin_path(name, pins.map(name));
     }
     let tells_mptcp = u32::from(preflight::tells_mptcp());
     loader.override_global(constant::TELLS_MPTCP, &tells_mptcp, true);
-    loader.load(OBJECT).map_err(|source| failed("the object and its maps", source))
+    loader.load(object).map_err(|source| match source {
+        // Not the kernel's doing: it has not seen it yet.
+        EbpfError::ParseError(error) => Error::StaleObject { what: error.to_string() },
+        source => failed("the object and its maps", source),
+    })
 }
 
 /// Loads one program of an opened object.
@@ -263,5 +278,23 @@ mod tests {
                    processed 12 insns (limit 1000000) max_states_per_insn 0 total_states 1\n\n";
         assert_eq!(last_words(log), Some("invalid bpf_context access off=8 size=4"));
         assert_eq!(last_words("\n"), None);
+    }
+
+    /// An object from before a constant that this version sets, or from after it was renamed.
+    #[test]
+    fn an_object_of_another_version_is_called_that() {
+        if OBJECT.is_empty() {
+            println!("skipped: built without the BPF object");
+            return;
+        }
+        let mut object = OBJECT.to_vec();
+        let name = constant::TELLS_MPTCP.as_bytes();
+        let places: Vec<_> = (0..object.len()).filter(|at| object[*at..].starts_with(name)).collect();
+        assert!(!places.is_empty());
+        places.into_iter().for_each(|at| object[at] ^= 1);
+        let place = tempfile::tempdir().unwrap();
+        let error = open_object(&object, &Pins::create(place.path()).unwrap()).unwrap_err();
+        assert!(matches!(error, Error::StaleObject { .. }), "{error:?}");
+        assert!(error.to_string().contains("cargo xtask build"), "{error}");
     }
 }

@@ -35,10 +35,14 @@ impl Cgroup {
         if filesystem.filesystem_type() != CGROUP2_SUPER_MAGIC {
             return Err(not_cgroup(None));
         }
-        let path = path.canonicalize().map_err(|error| not_cgroup(Some(error)))?;
         let file = File::open(&path).map_err(|error| not_cgroup(Some(error)))?;
-        let id = file.metadata().map_err(|error| not_cgroup(Some(error)))?.ino();
-        Ok(Self { path, file, id })
+        let metadata = file.metadata().map_err(|error| not_cgroup(Some(error)))?;
+        // A path through another process's root (/proc/1/root) would lead elsewhere once it is resolved by name.
+        let is_same = |resolved: &PathBuf| {
+            fs::metadata(resolved).is_ok_and(|it| (it.dev(), it.ino()) == (metadata.dev(), metadata.ino()))
+        };
+        let resolved = path.canonicalize().ok().filter(is_same);
+        Ok(Self { path: resolved.unwrap_or(path), file, id: metadata.ino() })
     }
 }
 
@@ -137,11 +141,14 @@ pub(super) fn features() -> Result<(), Error> {
     Ok(())
 }
 
+pub(super) fn has_mptcp() -> bool {
+    Path::new("/proc/sys/net/mptcp").exists()
+}
+
 /// Whether a connect hook can tell that a socket is a subflow of MPTCP. Without MPTCP there are none.
 pub(super) fn tells_mptcp() -> bool {
     const HELPER: BpfHelper = BpfHelper::BPF_FUNC_skc_to_mptcp_sock;
-    Path::new("/proc/sys/net/mptcp").exists()
-        && is_helper_supported(ProgramType::CgroupSockAddr, HELPER).unwrap_or(false)
+    has_mptcp() && is_helper_supported(ProgramType::CgroupSockAddr, HELPER).unwrap_or(false)
 }
 
 /// The congestion control of loopback legs; the kernel loads its module if need be.

@@ -18,6 +18,12 @@ pub struct Args {
     /// Where the node's root file system is, when this runs in a pod that mounts it
     #[arg(long, value_name = "DIR", default_value = "/")]
     root: PathBuf,
+    /// The node's name, to be said above the table
+    #[arg(long, value_name = "NAME")]
+    node: Option<String>,
+    /// If nothing is in the way, wait to be ended instead of ending: a pod of a DaemonSet is Ready then
+    #[arg(long)]
+    stay: bool,
     /// Table for people, or JSON for programs
     #[arg(long, short, value_enum, default_value_t = Output::Table)]
     output: Output,
@@ -31,9 +37,17 @@ pub fn main(args: &Args) -> ExitCode {
             return ExitCode::from(UNKNOWN);
         }
     };
-    // Whoever stopped reading has seen enough; the exit code is what counts.
-    let _ = print(&findings, args.output, &mut io::stdout().lock());
     let is_ready = !findings.iter().any(|finding| finding.verdict.is_obstacle());
+    let title = args.node.as_ref().map(|node| {
+        format!("node {node}: {}", if is_ready { "can take part" } else { "can't take part yet" })
+    });
+    // Whoever stopped reading has seen enough; the exit code is what counts.
+    let _ = print(&findings, title.as_deref(), args.output, &mut io::stdout().lock());
+    if is_ready && args.stay {
+        loop {
+            std::thread::park();
+        }
+    }
     if is_ready { ExitCode::SUCCESS } else { ExitCode::from(NOT_YET) }
 }
 
@@ -63,9 +77,12 @@ fn kernel(report: &features::Report) -> Finding {
     }
 }
 
-fn print(findings: &[Finding], output: Output, out: &mut impl Write) -> io::Result<()> {
+fn print(findings: &[Finding], title: Option<&str>, output: Output, out: &mut impl Write) -> io::Result<()> {
     if output == Output::Json {
         return writeln!(out, "{}", serde_json::to_string(findings)?);
+    }
+    if let Some(title) = title {
+        writeln!(out, "{title}")?;
     }
     let mut table = Table::new(&[("", Align::Left), ("SEEN", Align::Left), ("VERDICT", Align::Left)]);
     for finding in findings {

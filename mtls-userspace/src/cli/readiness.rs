@@ -136,6 +136,12 @@ impl fmt::Display for Tables<'_> {
             "PLAINTEXT BECAUSE OF DISABLE; WOULD USE MTLS",
             ports().map(|(row, port)| (row, port, &port.becomes_mtls)),
         )?;
+        write_peers(
+            f,
+            "KEPT OPEN FOR THE API SERVER",
+            ports().map(|(row, port)| (row, port, &port.kept_open)),
+        )?;
+        write_calls(f, ports())?;
         write_dry_run(f, report)
     }
 }
@@ -211,6 +217,28 @@ fn write_peers<'a>(
         }
     }
     if count > 0 { write!(f, "\n{heading} ({count})\n{table}") } else { Ok(()) }
+}
+
+fn write_calls<'a>(
+    f: &mut fmt::Formatter<'_>,
+    ports: impl Iterator<Item = (&'a WorkloadRow, &'a PortRow)>,
+) -> fmt::Result {
+    let headings = ["DESTINATION", "MODE", "CALLED FOR", "THROUGH SERVICE", "WITH STRICT"];
+    let mut table = Table::new(&headings.map(|name| (name, Align::Left)));
+    let mut count = 0;
+    for (row, port) in ports {
+        count += port.called_by.len();
+        for call in &port.called_by {
+            table.row([
+                format!("{}/{}:{}", row.namespace, row.name, port.port),
+                port.mode.clone(),
+                call.by.clone(),
+                format!("{}:{}", call.service, call.port),
+                (if call.cut_off { "CUT OFF" } else { "kept open by the port's own mode" }).to_owned(),
+            ]);
+        }
+    }
+    if count > 0 { write!(f, "\nCALLED BY THE API SERVER, IN PLAINTEXT ({count})\n{table}") } else { Ok(()) }
 }
 
 fn write_dry_run(f: &mut fmt::Formatter<'_>, report: &Report) -> fmt::Result {

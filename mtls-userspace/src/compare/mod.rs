@@ -52,6 +52,9 @@ pub const WORKLOADS: [Workload; 7] = [
     workload("new connections, 16 at a time", Per::Connections, &["connect", "--connections", "16"]),
 ];
 
+/// Beside the loads: what a connection costs that carries none.
+const IDLE: &str = "idle connections";
+
 /// Who has which colour on the page.
 pub const KEYS: [Key; 4] = [
     Key { class: "plain", name: "plain TCP", is: |path| path == PLAIN },
@@ -120,35 +123,34 @@ fn start(lab: &Lab, paths: &[Box<dyn Path>], results: &mut Results) -> Result<Ve
 fn measure(plan: &Plan, ways: &[Way], results: &mut Results) -> Result<()> {
     let weighed = ways.iter().filter(|way| way.weighs()).count();
     let mut progress = Progress::new(ways.len() * WORKLOADS.len() * plan.repetitions + weighed);
+    // First: what loads have left behind in a process would be used again, and look like nothing.
+    let mut weights = Vec::new();
+    for way in ways.iter().filter(|way| way.weighs()) {
+        progress.begin(&way.name.path, IDLE);
+        let measured = load::idle(&way.carrier, plan.idle);
+        stop::check()?;
+        progress.step(&way.name.path, IDLE, measured.as_ref());
+        weights.push((way, measured));
+    }
     for _ in 0..plan.repetitions {
         for workload in &WORKLOADS {
             // In turns, so that whatever else the machine does hits everybody.
             for way in ways {
                 progress.begin(&way.name.path, workload.name);
                 let measured = load::run(&way.carrier, workload, plan.seconds);
-                note(results, &mut progress, way, workload.name, measured)?;
+                stop::check()?;
+                progress.step(&way.name.path, workload.name, measured.as_ref());
+                note(results, way, workload.name, measured);
             }
         }
     }
-    for way in ways.iter().filter(|way| way.weighs()) {
-        let name = "idle connections";
-        progress.begin(&way.name.path, name);
-        note(results, &mut progress, way, name, load::idle(&way.carrier, plan.idle))?;
-    }
     progress.end();
+    weights.into_iter().for_each(|(way, measured)| note(results, way, IDLE, measured));
     Ok(())
 }
 
 /// Keeps figures, or the reason why there are none.
-fn note(
-    results: &mut Results,
-    progress: &mut Progress,
-    way: &Way,
-    workload: &str,
-    measured: Result<Measured>,
-) -> Result<()> {
-    stop::check()?;
-    progress.step(&way.name.path, workload, measured.as_ref());
+fn note(results: &mut Results, way: &Way, workload: &str, measured: Result<Measured>) {
     match measured {
         Ok(figures) => results.add(&way.name, workload, &figures, 0.0),
         Err(error) => {
@@ -156,5 +158,4 @@ fn note(
             results.missing.push(Missing { path, why: format!("{error:#}") });
         }
     }
-    Ok(())
 }

@@ -5,7 +5,7 @@
 
 use std::ffi::CString;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -283,14 +283,15 @@ impl Process {
         }
     }
 
-    fn last_words(&mut self) -> String {
-        use std::io::{Seek, SeekFrom};
-        const WORDS: u64 = 600;
-        let mut said = String::new();
+    /// The end of what it has said on standard error.
+    pub fn last_words(&self) -> String {
+        use std::os::unix::fs::FileExt;
+        let mut said = [0; 600];
         let length = self.log.metadata().map_or(0, |metadata| metadata.len());
-        let _ = self.log.seek(SeekFrom::Start(length.saturating_sub(WORDS)));
-        let _ = self.log.read_to_string(&mut said);
-        said.trim().replace('\n', " · ")
+        let from = length.saturating_sub(said.len() as u64);
+        // Leaves the place alone where the process writes next, which is shared.
+        let n = self.log.read_at(&mut said, from).unwrap_or(0);
+        String::from_utf8_lossy(said.get(..n).unwrap_or_default()).trim().replace('\n', " · ")
     }
 }
 

@@ -17,16 +17,18 @@ pub enum Choice {
     KtlsAes128Gcm,
     KtlsAes256Gcm,
     KtlsChacha20Poly1305,
+    KtlsRekey,
     Splice,
     TcpRtoMax,
     SocketDestroy,
 }
 
 impl Choice {
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::KtlsAes128Gcm,
         Self::KtlsAes256Gcm,
         Self::KtlsChacha20Poly1305,
+        Self::KtlsRekey,
         Self::Splice,
         Self::TcpRtoMax,
         Self::SocketDestroy,
@@ -37,6 +39,7 @@ impl Choice {
             Self::KtlsAes128Gcm => "ktls-aes-128-gcm",
             Self::KtlsAes256Gcm => "ktls-aes-256-gcm",
             Self::KtlsChacha20Poly1305 => "ktls-chacha20-poly1305",
+            Self::KtlsRekey => "ktls-rekey",
             Self::Splice => "splice",
             Self::TcpRtoMax => "tcp-rto-max",
             Self::SocketDestroy => "socket-destroy",

@@ -48,6 +48,7 @@ const fn optional(
 fn of_part(part: Part) -> Feature {
     let name = part.name();
     match part {
+        Part::Object => required(name, "everything below: what is loaded into the kernel", "4.9 (BPF)"),
         Part::Capabilities => required(name, "loading programs, entering pods' namespaces", "5.8 (CAP_BPF)"),
         Part::Cgroup => required(name, "attaching hooks to pods' processes", "4.5"),
         Part::Bpffs => required(name, "enforcement that outlives the agent", "4.4"),
@@ -86,6 +87,12 @@ fn of_choice(choice: Choice) -> Feature {
         Choice::KtlsChacha20Poly1305 => {
             optional(name, "the same for ChaCha20-Poly1305", "5.11, CONFIG_TLS", records)
         }
+        Choice::KtlsRekey => optional(
+            name,
+            "a stream in the kernel outlives its first key",
+            "6.14, CONFIG_TLS",
+            "it ends with a reset when the peer changes its key, or when ours is used up",
+        ),
         Choice::Splice => optional(name, "moving bytes without copying them", "2.6.17", "bytes are copied"),
         Choice::TcpRtoMax => optional(
             name,
@@ -102,14 +109,17 @@ fn of_choice(choice: Choice) -> Feature {
     }
 }
 
-/// Nothing the agent has a choice about: it never hands the kernel a second key, and bounds how many records it sends
-/// under the first.
-const KTLS_REKEY: Feature = optional(
-    "ktls-rekey",
-    "a peer that changes its key on a stream the kernel carries",
-    "6.14, CONFIG_TLS",
-    "such a connection ends with an error",
+const SAME_NODE_DIRECT: Feature = optional(
+    "same-node-direct",
+    "`--same-node direct`",
+    "5.19, where there is Multipath TCP",
+    "no agent with that setting; `relay` and `encrypt` do without",
 );
+
+/// Why an agent can't let pods of its node speak directly, if so.
+pub fn against_same_node_direct() -> Option<String> {
+    probe::same_node_direct().err().map(|obstacle| obstacle.reason)
+}
 
 /// A feature, and what came of trying it.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -154,7 +164,7 @@ pub fn examine(cgroup_root: Option<&Path>, bpffs: &Path) -> Report {
     // By now the kernel has loaded what it loads on demand.
     let more = Choice::ALL.into_iter().filter(|choice| *choice != Choice::SocketDestroy);
     features.extend(more.map(|choice| Finding::new(of_choice(choice), path::attempt(choice))));
-    features.push(Finding::new(KTLS_REKEY, ktls::rekey()));
+    features.push(Finding::new(SAME_NODE_DIRECT, probe::same_node_direct()));
     features.sort_by_key(|finding| !finding.feature.required);
     let can_run = !features.iter().any(|finding| finding.feature.required && finding.works == Some(false));
     let machine = Machine::look(findings.cgroup_root.as_deref(), bpffs, findings.occupants);
@@ -169,7 +179,8 @@ mod tests {
     fn every_feature_has_a_name_of_its_own() {
         let parts = Part::ALL.into_iter().map(of_part);
         let more = Choice::ALL.into_iter().filter(|choice| *choice != Choice::SocketDestroy).map(of_choice);
-        let mut names: Vec<_> = parts.chain(more).chain([KTLS_REKEY]).map(|feature| feature.name).collect();
+        let mut names: Vec<_> =
+            parts.chain(more).chain([SAME_NODE_DIRECT]).map(|feature| feature.name).collect();
         let count = names.len();
         names.sort_unstable();
         names.dedup();

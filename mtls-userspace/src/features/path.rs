@@ -19,6 +19,7 @@ pub(super) fn attempt(choice: Choice) -> Outcome {
         Choice::KtlsAes128Gcm => ktls::attempt(ktls::Cipher::Aes128Gcm),
         Choice::KtlsAes256Gcm => ktls::attempt(ktls::Cipher::Aes256Gcm),
         Choice::KtlsChacha20Poly1305 => ktls::attempt(ktls::Cipher::Chacha20Poly1305),
+        Choice::KtlsRekey => ktls::rekey(),
         Choice::Splice => splice().map_err(Obstacle::of),
         Choice::TcpRtoMax => tcp_rto_max().map_err(Obstacle::of),
         Choice::SocketDestroy => probe::socket_destroy(),

@@ -27,6 +27,7 @@ mod manifests;
 mod objects;
 mod parts;
 mod pod;
+mod server_calls;
 mod service;
 mod source;
 mod vip;
@@ -38,6 +39,7 @@ pub use source::{Scope, Source};
 
 pub use hosts::NodeName;
 pub use interner::Labels;
+pub use server_calls::ServerCall;
 pub use service::ServedPort;
 pub use vip::Health;
 
@@ -45,8 +47,9 @@ use files::Files;
 use hosts::Hosts;
 use objects::Concerned;
 use parts::Parts;
+use server_calls::ServerCalls;
 use service::Services;
-use vip::{Endpoint, Vantage};
+use vip::{Endpoint, Vantage, Vip};
 
 /// What a mesh is built with besides its objects.
 #[derive(Clone, Debug)]
@@ -114,6 +117,7 @@ pub struct Mesh {
     by_address: Arc<HashMap<IpAddr, Arc<Workload>>>,
     services: Arc<Services>,
     hosts: Arc<Hosts>,
+    server_calls: Arc<ServerCalls>,
     warnings: Vec<Warning>,
 }
 
@@ -180,6 +184,23 @@ impl Mesh {
     /// server of a control plane node.
     pub fn node_at(&self, address: IpAddr) -> Option<&NodeName> {
         self.hosts.at(address)
+    }
+
+    /// What the API server itself dials, by the address and port of the pod that it then reaches.
+    pub fn server_calls(&self) -> HashMap<SocketAddr, Vec<&ServerCall>> {
+        let mut reached = HashMap::<_, Vec<_>>::new();
+        for call in &self.server_calls.calls {
+            let vips = self.services.addresses_of(&call.service, call.port);
+            for endpoint in vips.filter_map(|address| self.services.vip(address)).flat_map(Vip::endpoints) {
+                reached.entry(endpoint.address).or_default().push(call);
+            }
+        }
+        reached
+    }
+
+    /// Kinds of objects, in the plural, that would say more about that and can't be read.
+    pub fn unread_callers(&self) -> &[&'static str] {
+        &self.server_calls.unread
     }
 
     fn destination(

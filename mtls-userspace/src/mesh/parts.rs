@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::hosts::Hosts;
 use super::objects::{Concerned, Objects, duplicates};
 use super::pod::Pods;
+use super::server_calls::ServerCalls;
 use super::service::Services;
 use super::vip::Readiness;
 use super::{Error, Mesh, Settings, Warning, Workload};
@@ -23,6 +24,8 @@ pub(super) struct Parts {
     pub services: Arc<Services>,
     pub hosts: Arc<Hosts>,
     pub policies: Arc<Policies>,
+    /// Of an API server that is followed.
+    pub calls: Arc<ServerCalls>,
     pub claims: Vec<Warning>,
     pub affinities: Vec<Warning>,
 }
@@ -34,6 +37,7 @@ impl Parts {
             workloads: self.workloads.clone(),
             starting: self.starting.clone(),
             policies: self.policies.clone(),
+            server_calls: self.calls.clone(),
             by_address: self.by_address.clone(),
             services: self.services.clone(),
             hosts: self.hosts.clone(),

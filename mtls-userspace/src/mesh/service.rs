@@ -169,6 +169,12 @@ impl Services {
         self.ports.get(&address).map(Arc::as_ref)
     }
 
+    /// The addresses of a Service's port.
+    pub(super) fn addresses_of(&self, service: &str, port: u16) -> impl Iterator<Item = SocketAddr> {
+        let owned = self.names.iter().filter(move |(_, name)| ***name == *service);
+        owned.map(move |(address, _)| SocketAddr::new(*address, port))
+    }
+
     /// The Service that has this address.
     pub(super) fn name(&self, address: IpAddr) -> Option<&Arc<str>> {
         self.names.get(&address)

@@ -41,7 +41,7 @@ impl Strict {
         let report = Report::new(facts, &asked);
         let ports = |workload: &WorkloadRow| {
             let name = format!("{}/{}", workload.namespace, workload.name);
-            let refusing = workload.ports.iter().filter(|port| !port.cut_off.is_empty());
+            let refusing = workload.ports.iter().filter(|port| would_refuse(port));
             refusing.map(|port| Port::new(name.clone(), port)).collect::<Vec<_>>()
         };
         let mut cut_off: Vec<Port> = report.workloads.iter().flat_map(ports).collect();
@@ -50,7 +50,7 @@ impl Strict {
         cut_off.truncate(SHOWN);
         let open = report.workloads.iter().filter(|workload| !workload.ports.is_empty());
         let sure = |workload: &WorkloadRow| {
-            workload.ready || workload.covered && workload.ports.iter().any(|port| !port.cut_off.is_empty())
+            workload.ready || workload.covered && workload.ports.iter().any(would_refuse)
         };
         Self {
             ready: report.ready,
@@ -63,11 +63,18 @@ impl Strict {
     }
 }
 
+/// Somebody who has come, or whom the API server will send.
+fn would_refuse(port: &PortRow) -> bool {
+    !port.cut_off.is_empty() || port.called_by.iter().any(|call| call.cut_off)
+}
+
 impl Port {
     fn new(workload: String, row: &PortRow) -> Self {
         let named = |peer: &PeerRow| peer.workload.clone();
         let mut peers: Vec<String> = row.cut_off.iter().filter_map(named).collect();
-        let unnamed = row.cut_off.len() - peers.len();
+        // The API server's calls have no name either, and may be among those that have come.
+        let called = usize::from(row.called_by.iter().any(|call| call.cut_off));
+        let unnamed = (row.cut_off.len() - peers.len()).max(called);
         peers.truncate(SHOWN);
         let connections = row.cut_off.iter().map(|peer| peer.connections).sum();
         Self { workload, port: row.port, peers, unnamed, connections }

@@ -3,7 +3,8 @@
 //! Three sources, none of which an mTLS connection ever touches: the kernel half's events for what it accepted or
 //! refused alone, the agent's own listener for what policy had to judge, and a list of the sockets in a pod for
 //! connections older than the observation. The first two only drop a few bytes into an [`Inbox`]; a task of the control
-//! runtime files them. The kubelet's probes appear in none of the three: STRICT lets them through.
+//! runtime files them. The kubelet's probes appear in none of the three: STRICT lets them through. Beside what was seen
+//! stands what is to be expected: the ports that the API server will call for its webhooks and aggregated APIs.
 //!
 //! Everything is in memory and bounded. It is not kept over a restart on purpose: while no agent runs nobody observes,
 //! so an observation that went on over the gap would promise more than was seen.
@@ -13,21 +14,21 @@ mod report;
 mod sighting;
 mod store;
 
-use std::collections::{BTreeSet, HashMap, HashSet};
-use std::net::IpAddr;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 
 use crate::capture::{self, Capture};
-use crate::mesh::{self, Mesh, Workload};
+use crate::mesh::{self, Mesh, ServerCall, Workload};
 use crate::policy::{Mode, PortModes};
 use crate::worker::{LocalPods, Pod};
 
 pub use inbox::{Inbox, Seen};
 pub use report::{
-    Asked, DryRunRow, Facts, Observed, PeerRow, PortFacts, PortRow, Report, TallyRow, WorkloadRow,
+    Asked, CallRow, DryRunRow, Facts, Observed, PeerRow, PortFacts, PortRow, Report, TallyRow, WorkloadRow,
 };
 pub use sighting::{Peer, Row, Sighting, Source, Tally};
 pub use store::{Limits, Store};
@@ -139,12 +140,15 @@ impl Watch {
             self.look(&mut state, |_| true);
         }
         let mesh = self.mesh.current();
+        let calls = mesh.server_calls();
+        let workloads = mesh.enrolled_on(&self.node);
         Facts {
             node: self.node.clone(),
             at: Timestamp::now(),
             lost: state.lost,
             blind: state.blind.clone(),
-            workloads: mesh.enrolled_on(&self.node).map(|it| observed(&mesh, it, &state.store)).collect(),
+            unread_callers: mesh.unread_callers().to_vec(),
+            workloads: workloads.map(|it| observed(&mesh, it, &state.store, &calls)).collect(),
         }
     }
 
@@ -275,13 +279,22 @@ fn peer(mesh: &Mesh, destination: &Workload, port: u16, address: IpAddr) -> Peer
     }
 }
 
-fn observed(mesh: &Mesh, workload: &Workload, store: &Store) -> Observed {
+/// By the address and port of the pod that is reached.
+type Calls<'a> = HashMap<SocketAddr, Vec<&'a ServerCall>>;
+
+fn observed(mesh: &Mesh, workload: &Workload, store: &Store, calls: &Calls<'_>) -> Observed {
     let modes = mesh.policies.modes(workload);
     let dry_run = mesh.policies.dry_run_modes(workload);
     let kept = store.pod(&workload.key());
     let mut ports: BTreeSet<u16> = workload.ports.iter().map(|(_, port)| *port).collect();
     ports.extend(modes.ports.keys().chain(dry_run.iter().flat_map(|modes| modes.ports.keys())));
     ports.extend(kept.into_iter().flat_map(|pod| pod.served.iter().chain(pod.ports.keys())));
+    let own = calls.iter().filter(|(address, _)| workload.addresses.contains(&address.ip()));
+    let mut called = BTreeMap::<u16, BTreeSet<ServerCall>>::new();
+    for (address, calls) in own {
+        called.entry(address.port()).or_default().extend(calls.iter().copied().cloned());
+    }
+    ports.extend(called.keys());
     ports.retain(|port| modes.of(*port) != Mode::Strict);
     let tightened = |dry: &PortModes| {
         dry.default == Mode::Strict && modes.default != Mode::Strict
@@ -297,7 +310,15 @@ fn observed(mesh: &Mesh, workload: &Workload, store: &Store) -> Observed {
         since: kept.map(|pod| pod.since),
         missed: kept.map(|pod| pod.missed).unwrap_or_default(),
         unserved: kept.map(|pod| pod.unserved).unwrap_or_default(),
-        ports: ports.iter().map(|port| (*port, port_facts(mesh, workload, *port, kept))).collect(),
+        ports: ports
+            .into_iter()
+            .map(|port| {
+                let called_by = called.remove(&port).unwrap_or_default().into_iter().collect();
+                let has_own_mode = modes.ports.contains_key(&port);
+                let facts = port_facts(mesh, workload, port, kept);
+                (port, PortFacts { called_by, has_own_mode, ..facts })
+            })
+            .collect(),
     }
 }
 
@@ -320,5 +341,7 @@ fn port_facts(mesh: &Mesh, workload: &Workload, port: u16, kept: Option<&store::
         nodes: nodes.collect(),
         peers: peers().map(|(peer, row)| (peer.clone(), row.clone(), is_enrolled(peer, row))).collect(),
         missed: found.map(|port| port.missed).unwrap_or_default(),
+        called_by: Vec::new(),
+        has_own_mode: false,
     }
 }

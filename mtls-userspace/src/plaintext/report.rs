@@ -15,7 +15,9 @@
 //!      "cut_off": [{"workload": "outside/cron", "enrolled": false, "node": null, "control_plane": false,
 //!        "address": "10.1.2.3", "connections": 12,
 //!        "refused": 0, "open": 1, "first_seen": "2026-01-01T05:00:00Z", "last_seen": "2026-01-02T03:04:05Z"}],
-//!      "becomes_mtls": [], "not_kept": {"count": 0, "last": null}}]}]}
+//!      "becomes_mtls": [], "kept_open": [], "not_kept": {"count": 0, "last": null},
+//!      "called_by": [{"by": "ValidatingWebhookConfiguration rules", "service": "shop/hook", "port": 443,
+//!        "cut_off": true}]}]}]}
 //! ```
 
 use std::collections::{BTreeMap, HashMap};
@@ -27,7 +29,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use super::sighting::{Peer, Row, Source, Tally};
-use crate::mesh::NodeName;
+use crate::mesh::{NodeName, ServerCall};
 use crate::policy::Mode;
 
 /// What is asked.
@@ -50,6 +52,8 @@ pub struct Facts {
     pub lost: Tally,
     /// Why nothing is observed any more.
     pub blind: Option<String>,
+    /// Kinds of objects, in the plural, that say what the API server calls and can't be read.
+    pub unread_callers: Vec<&'static str>,
     pub workloads: Vec<Observed>,
 }
 
@@ -86,6 +90,10 @@ pub struct PortFacts {
     /// The nodes that dial from the addresses of peers that are no workloads.
     pub nodes: HashMap<IpAddr, NodeName>,
     pub missed: Tally,
+    /// What the API server calls here, whether it has done so yet or not.
+    pub called_by: Vec<ServerCall>,
+    /// A PeerAuthentication speaks of this very port: STRICT on a wider level does not concern it.
+    pub has_own_mode: bool,
 }
 
 /// What one agent knows about its pods' readiness for STRICT.
@@ -142,8 +150,26 @@ pub struct PortRow {
     pub cut_off: Vec<PeerRow>,
     /// Enrolled clients that come in plaintext because the port is DISABLE, and would use mTLS if it were STRICT.
     pub becomes_mtls: Vec<PeerRow>,
+    /// Clients without a name at a port that a policy keeps open for the API server's calls.
+    #[serde(default)]
+    pub kept_open: Vec<PeerRow>,
     /// Connections of peers for which there was no room.
     pub not_kept: TallyRow,
+    /// What the API server calls here in plaintext, whether it has done so yet or not.
+    #[serde(default)]
+    pub called_by: Vec<CallRow>,
+}
+
+/// A webhook or an aggregated API.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct CallRow {
+    /// `ValidatingWebhookConfiguration gatekeeper`.
+    pub by: String,
+    /// `namespace/name` of the Service that is called, and its port.
+    pub service: String,
+    pub port: u16,
+    /// STRICT would refuse it. False where a policy keeps this very port open.
+    pub cut_off: bool,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -202,6 +228,12 @@ impl Report {
             reasons.push(format!(
                 "{} of plaintext came faster than could be taken in: peers may be missing",
                 plural(facts.lost.count, "event")
+            ));
+        }
+        if !facts.unread_callers.is_empty() {
+            reasons.push(format!(
+                "what the API server calls is not known: {} can't be read; the agent's log and `mtls status` say why",
+                facts.unread_callers.join(", ")
             ));
         }
         let wanted = facts.workloads.into_iter().filter(|workload| judge.concerns(workload));
@@ -276,7 +308,21 @@ impl Judge<'_> {
     fn port(&self, key: &str, number: u16, port: PortFacts, reasons: &mut Vec<String>) -> PortRow {
         let already = reasons.len();
         let recent = port.peers.into_iter().filter(|(_, row, _)| row.open > 0 || row.last >= self.begin);
-        let (becomes_mtls, cut_off): (Vec<_>, Vec<_>) = recent.partition(|(peer, _, _)| peer.by_disable);
+        let (becomes_mtls, plain): (Vec<_>, Vec<_>) = recent.partition(|(peer, _, _)| peer.by_disable);
+        // The exception that the API server's calls need is no reason to wait with STRICT for everything else.
+        let is_excepted = !self.asked.dry_run && port.has_own_mode && !port.called_by.is_empty();
+        let (kept_open, cut_off): (Vec<_>, Vec<_>) =
+            plain.into_iter().partition(|(peer, _, _)| is_excepted && peer.is_address());
+        if !is_excepted && let Some(first) = port.called_by.first() {
+            let more = match port.called_by.len() - 1 {
+                0 => String::new(),
+                more => format!(" and {more} more"),
+            };
+            reasons.push(format!(
+                "{key} port {number}: the API server's calls would be cut off ({first}{more}); keep the port open for \
+                 them: portLevelMtls {{\"{number}\": {{mode: PERMISSIVE}}}} in a PeerAuthentication that selects the pod"
+            ));
+        }
         if !cut_off.is_empty() {
             let count = plural(cut_off.len() as u64, "peer");
             reasons.push(format!("{key} port {number}: {count} would be cut off"));
@@ -294,8 +340,16 @@ impl Judge<'_> {
             ready: reasons.len() == already,
             cut_off: rows(cut_off, &port.nodes),
             becomes_mtls: rows(becomes_mtls, &port.nodes),
+            kept_open: rows(kept_open, &port.nodes),
             not_kept: port.missed.into(),
+            called_by: port.called_by.iter().map(|call| CallRow::new(call, !is_excepted)).collect(),
         }
+    }
+}
+
+impl CallRow {
+    fn new(ServerCall { by, service, port }: &ServerCall, cut_off: bool) -> Self {
+        Self { by: by.to_string(), service: service.to_string(), port: *port, cut_off }
     }
 }
 

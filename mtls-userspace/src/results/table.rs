@@ -39,11 +39,17 @@ pub fn distinct<T: PartialEq>(items: impl Iterator<Item = T>) -> Vec<T> {
     seen
 }
 
+/// The median, how far the repetitions lie from it at most, and the ratio.
 fn cell(record: &Record) -> String {
-    match record.ratio {
-        Some(ratio) => format!("{} ({ratio:.2})", number(record.median)),
-        None => number(record.median),
+    let mut cell = number(record.median);
+    let spread = (record.max - record.median).max(record.median - record.min) / record.median;
+    if spread.is_finite() && spread > 0.0 {
+        cell += &format!(" ±{:.0}%", spread * 100.0);
     }
+    if let Some(ratio) = record.ratio {
+        cell += &format!(" ({ratio:.2})");
+    }
+    cell
 }
 
 pub(super) fn render(lines: &[Vec<String>]) -> String {
@@ -81,7 +87,9 @@ mod tests {
         let ours = Compared { path: "mtls".into(), baseline: Some("plain".into()) };
         results.add(&plain, "bulk", &vec![(THROUGHPUT, 20.0)], 0.0);
         results.add(&ours, "bulk", &vec![(THROUGHPUT, 10.0), (REQUESTS, 5.0)], 0.0);
-        results.add(&plain, "other", &vec![(THROUGHPUT, 1.0)], 0.0);
+        for value in [1.0, 1.1, 0.8] {
+            results.add(&plain, "other", &vec![(THROUGHPUT, value)], 0.0);
+        }
         let text = table(&results.records(&Environment::default()));
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines.len(), 8, "{text}");
@@ -91,6 +99,6 @@ mod tests {
         );
         assert!(lines[2].starts_with("plain ") && lines[2].ends_with('–'), "{text}");
         assert!(lines[3].contains("10.0 (0.50)"), "{text}");
-        assert!(lines[5].starts_with("other"), "{text}");
+        assert!(lines[5].starts_with("other") && lines[7].ends_with("1.00 ±20%"), "{text}");
     }
 }

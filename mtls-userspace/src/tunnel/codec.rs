@@ -24,6 +24,8 @@ const CLOSE_NOTIFY: u8 = 0;
 const USER_CANCELED: u8 = 90;
 pub(super) const NEW_SESSION_TICKET: u8 = 4;
 const KEY_UPDATE: u8 = 24;
+/// Asks for none in return.
+const OUR_KEY_UPDATE: [u8; 5] = [KEY_UPDATE, 0, 0, 1, 0];
 /// A handshake message that spans records; a ticket with a client's chain inside has a few KiB.
 const MAX_HANDSHAKE: usize = 64 * 1024;
 /// KeyUpdates a peer may send without a byte of data between them.
@@ -152,8 +154,9 @@ pub(crate) struct Codec {
     raw_owed: bool,
     /// Bytes after which this end asks for a raw stream; `u64::MAX` for never.
     raw_after: u64,
-    /// Whether raw directions are to be handed to the kernel.
+    /// Whether raw directions are to be handed to the kernel, and whether that takes further keys.
     kernel: bool,
+    kernel_rekey: bool,
     /// The peer asked for our KeyUpdate before our next data.
     key_update_owed: bool,
     key_updates: u32,
@@ -183,6 +186,7 @@ impl Codec {
             raw_owed: false,
             raw_after: config.raw_after.unwrap_or(u64::MAX),
             kernel,
+            kernel_rekey: config.kernel_rekey,
             key_update_owed: false,
             key_updates: 0,
             rekey_after: config.rekey_after,
@@ -221,7 +225,7 @@ impl Codec {
     }
 
     /// Records under one key before a KeyUpdate. A raw direction may be the peer's kernel's to open, which takes no
-    /// second key before Linux 6.14, so there it waits longer; twice the default is half of what AES-GCM allows.
+    /// second key before Linux 6.14, so there it waits longer: twice the default is half of what AES-GCM allows.
     fn rekey_after(&self) -> u64 {
         if self.order.outbound_raw() { self.rekey_after.saturating_mul(2) } else { self.rekey_after }
     }
@@ -237,9 +241,8 @@ impl Codec {
         let mut scratch = [0; HEADROOM];
         let mut at = 0;
         if rekey {
-            let message = [KEY_UPDATE, 0, 0, 1, 0];
-            scratch[HEADER..HEADER + message.len()].copy_from_slice(&message);
-            at += self.sealer.seal(&mut scratch, message.len(), ContentType::Handshake)?;
+            scratch[HEADER..HEADER + OUR_KEY_UPDATE.len()].copy_from_slice(&OUR_KEY_UPDATE);
+            at += self.sealer.seal(&mut scratch, OUR_KEY_UPDATE.len(), ContentType::Handshake)?;
             self.sealer = self.schedule.next_sealer()?;
             self.key_update_owed = false;
         }
@@ -362,11 +365,7 @@ impl Codec {
                 },
                 ContentType::Handshake => {
                     if let Some(requested) = gather(plain, &mut self.schedule, &mut self.handshake)? {
-                        self.key_updates += 1;
-                        if self.key_updates > MAX_KEY_UPDATES {
-                            return Err(Violation::KeyUpdates.into());
-                        }
-                        self.opener = self.schedule.next_opener()?;
+                        self.opener = next_opener(&mut self.key_updates, &mut self.schedule)?;
                         self.key_update_owed |= requested;
                     }
                 }
@@ -374,6 +373,15 @@ impl Codec {
         }
         Ok(Pulled::Data)
     }
+}
+
+/// The key after a peer's KeyUpdate, of which there may not be any number.
+fn next_opener(key_updates: &mut u32, schedule: &mut Schedule) -> Result<Opener, Error> {
+    *key_updates += 1;
+    if *key_updates > MAX_KEY_UPDATES {
+        return Err(Violation::KeyUpdates.into());
+    }
+    Ok(schedule.next_opener()?)
 }
 
 /// What a peer's alert means.

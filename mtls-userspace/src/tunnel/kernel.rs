@@ -1,8 +1,8 @@
 //! The kernel's record layer (kTLS): a direction's key and record counter in, and from then on the socket takes and
 //! gives plaintext while records travel.
 //!
-//! Set per direction and for good: a socket never comes back from it. Never used on a socket that is in a sockmap: the two are not safe together, and the data path
-//! has no sockmap.
+//! Set per direction and for good: a socket never comes back from it, and takes another key from Linux 6.14 on. Never used
+//! on a socket that is in a sockmap: the two are not safe together, and the data path has no sockmap.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -21,9 +21,8 @@ pub use cost::RecordCost;
 /// The largest `struct tls12_crypto_info_*` that is used: version, cipher, IV, key, salt, record counter.
 const INFO: usize = 2 + 2 + 8 + 32 + 4 + 8;
 
-/// Records that may be sealed between two looks at the kernel's counter: a look every 4096 calls, each of which seals
-/// at most a pipe's worth of page-sized records.
-pub(super) const RECORDS_BETWEEN_LOOKS: u64 = 1 << 21;
+/// More than one call can make the kernel seal: a pipe's worth of page-sized records.
+pub(super) const RECORDS_PER_CALL: u64 = 512;
 
 pub(super) fn send_in_kernel(socket: &TcpStream, key: &Key) -> io::Result<()> {
     hand_over(socket.as_fd(), libc::TLS_TX, key)
@@ -111,7 +110,7 @@ pub(super) fn send_control(socket: &TcpStream, kind: u8, content: &[u8]) -> io::
     socket.try_io(Interest::WRITABLE, || send_record(socket.as_fd(), kind, content))
 }
 
-fn send_record(socket: BorrowedFd<'_>, kind: u8, content: &[u8]) -> io::Result<()> {
+pub(crate) fn send_record(socket: BorrowedFd<'_>, kind: u8, content: &[u8]) -> io::Result<()> {
     let mut control = Control::default();
     let mut part = libc::iovec { iov_base: content.as_ptr().cast_mut().cast(), iov_len: content.len() };
     // SAFETY: all-zero is a valid msghdr.
@@ -143,7 +142,7 @@ pub(super) fn receive_control(socket: &TcpStream, into: &mut [u8]) -> io::Result
     receive_record(socket.as_fd(), into)
 }
 
-fn receive_record(socket: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<(u8, usize)> {
+pub(crate) fn receive_record(socket: BorrowedFd<'_>, into: &mut [u8]) -> io::Result<(u8, usize)> {
     let mut control = Control::default();
     let mut part = libc::iovec { iov_base: into.as_mut_ptr().cast(), iov_len: into.len() };
     // SAFETY: all-zero is a valid msghdr.

@@ -56,6 +56,7 @@ pub use verify::HandshakeFailure;
 pub(crate) use buffer::{Buffer, HEADROOM, SLOT, SLOTS, Size};
 pub(crate) use codec::{Codec, MAX_RANGES, Pulled};
 pub(crate) use frame::MAX_DATA;
+pub(crate) use kernel::{receive_record, send_record};
 pub(crate) use record::TRAILER as RECORD_END;
 pub(crate) use socket::{
     UNSENT, bound_receive, failed, finish_on_close, receive, receive_vectored, reset_on_close, send,
@@ -95,6 +96,8 @@ pub struct Config {
     pub raw_after: Option<u64>,
     /// Suites whose records are handed to the kernel on raw streams. Where that fails, userspace goes on.
     pub kernel: Vec<CipherSuite>,
+    /// The kernel takes a direction's next key as well. Without it a stream ends where one is due.
+    pub kernel_rekey: bool,
     /// What was built for each identity version.
     pub tls: TlsConfigs,
     /// Whom the open tunnels lead to.
@@ -162,6 +165,7 @@ impl Default for Config {
             rekey_after: 1 << 22,
             raw_after: None,
             kernel: Vec::new(),
+            kernel_rekey: false,
             tls: TlsConfigs::default(),
             peers: Peers::default(),
         }
@@ -228,8 +232,8 @@ pub enum Error {
     Bundle { id: SpiffeId, source: webpki::Error },
 
     #[error(
-        "the peer changed its key, or asked for ours, while the kernel carries the records, which takes no second key; \
-         `--kernel-tls off` keeps them in userspace"
+        "the peer changed its key, or asked for ours, while the kernel carries the records, and that takes no second key \
+         (Linux 6.14 does; see the feature ktls-rekey); `--kernel-tls off` keeps records in userspace"
     )]
     KeyInKernel,
 

@@ -6,25 +6,9 @@ use std::time::{Duration, Instant};
 
 use mtls::kubernetes::Cluster;
 use mtls::mesh::{Mesh, Scope, Settings, Source};
-use mtls_tests::kubernetes::{ApiServer, Rule, User};
+use mtls_tests::kubernetes::{ApiServer, Rule, User, agent_rules};
 use serde_json::{Value, json};
 use tempfile::TempDir;
-
-/// What an agent's ClusterRole grants, and not a verb more.
-pub fn agent_rules() -> Vec<Rule> {
-    const FOLLOW: &[&str] = &["list", "watch"];
-    [
-        "namespaces",
-        "nodes",
-        "pods",
-        "services",
-        "endpointslices.discovery.k8s.io",
-        "peerauthentications.security.istio.io",
-        "authorizationpolicies.security.istio.io",
-    ]
-    .map(|resource| Rule::new(FOLLOW, resource))
-    .into()
-}
 
 pub fn settings() -> Settings {
     Settings { trust_domain: "cluster.local".parse().unwrap(), root_namespace: "istio-system".into() }

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use mtls::mesh::{Scope, Source};
-use mtls_tests::kubernetes::Rule;
+use mtls_tests::kubernetes::{Rule, agent_rules};
 use serde_json::json;
 
-use crate::cluster::{World, agent_rules, names, namespace, owner, pod, settings, soon, with, within};
+use crate::cluster::{World, names, namespace, owner, pod, settings, soon, with, within};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_long_list_comes_in_pages_and_changes_come_after_it() {

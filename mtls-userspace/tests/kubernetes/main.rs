@@ -6,4 +6,5 @@ mod authority;
 mod cluster;
 mod following;
 mod policies;
+mod server_calls;
 mod services;

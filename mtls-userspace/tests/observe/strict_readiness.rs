@@ -8,6 +8,7 @@ use clap::Parser;
 use jiff::Timestamp;
 use mtls::cli::readiness::{self, Args};
 use mtls::cli::status::Error;
+use mtls::mesh::ServerCall;
 use mtls::plaintext::{Counts, Facts, Observed, Peer, PortFacts, Report, Row, Source, Tally};
 use mtls::policy::Mode;
 
@@ -41,6 +42,13 @@ fn facts() -> Facts {
         nodes: Default::default(),
         peers,
         missed: Tally::default(),
+        called_by: Vec::new(),
+        has_own_mode: false,
+    };
+    let rules = ServerCall {
+        by: "ValidatingWebhookConfiguration rules".into(),
+        service: "shop/hook".into(),
+        port: 443,
     };
     let strict = Some((Mode::Strict, Some("shop/trial".to_owned())));
     let ports = BTreeMap::from([
@@ -51,7 +59,7 @@ fn facts() -> Facts {
                 strict,
             ),
         ),
-        (81, port(vec![(peer(true, "shop/db"), row, true)], None)),
+        (81, PortFacts { called_by: vec![rules], ..port(vec![(peer(true, "shop/db"), row, true)], None) }),
     ]);
     let web = Observed {
         namespace: "shop".into(),
@@ -66,7 +74,14 @@ fn facts() -> Facts {
         unserved: Tally { count: 65533, last: Some(before(60)) },
     };
     let lost = Tally::default();
-    Facts { node: "node-a".into(), at: NOW.parse().unwrap(), lost, blind: None, workloads: vec![web] }
+    Facts {
+        node: "node-a".into(),
+        at: NOW.parse().unwrap(),
+        lost,
+        blind: None,
+        unread_callers: Vec::new(),
+        workloads: vec![web],
+    }
 }
 
 fn agent() -> Agent {
@@ -97,7 +112,7 @@ fn what_is_asked_reaches_the_judgement() {
     let report: Report = serde_json::from_value(agent.local("/readiness").json()).unwrap();
     assert_eq!((report.window_seconds, report.ready, report.workloads.len()), (86400, false, 1));
     assert_eq!(report.workloads[0].ports[0].cut_off.len(), 2);
-    let minute = agent.local("/readiness?window_seconds=60").json();
+    let minute = agent.local("/readiness?window_seconds=60&dry_run=true").json();
     assert_eq!((&minute["ready"], &minute["window_seconds"]), (&true.into(), &60.into()));
     let elsewhere = agent.local("/readiness?namespace=bank").json();
     assert_eq!((&elsewhere["ready"], &elsewhere["workloads"]), (&true.into(), &serde_json::json!([])));
@@ -118,6 +133,9 @@ fn people_get_tables() {
     let expected = "\
 NOT READY FOR STRICT  node node-a, namespace shop, window 1d 0h
   shop/web port 80: 2 peers would be cut off
+  shop/web port 81: the API server's calls would be cut off (ValidatingWebhookConfiguration rules through Service \
+shop/hook port 443); keep the port open for them: portLevelMtls {\"81\": {mode: PERMISSIVE}} in a PeerAuthentication \
+that selects the pod
 
 OBSERVED WORKLOADS (1)
   POD       MODE     OBSERVED SINCE          FOR  PORTS NOT STRICT  READY
@@ -133,14 +151,23 @@ PLAINTEXT BECAUSE OF DISABLE; WOULD USE MTLS (1)
   DESTINATION  MODE     CLIENT              ADDRESS    CONNECTIONS  OPEN  REFUSED  FIRST SEEN            LAST SEEN
   shop/web:81  DISABLE  shop/db (enrolled)  192.0.2.7           12     0        1  2026-01-02T02:04:05Z  2026-01-02T03:02:05Z
 
+CALLED BY THE API SERVER, IN PLAINTEXT (1)
+  DESTINATION  MODE     CALLED FOR                            THROUGH SERVICE  WITH STRICT
+  shop/web:81  DISABLE  ValidatingWebhookConfiguration rules  shop/hook:443    CUT OFF
+
 WITH THE DRY-RUN POLICIES ENFORCED (1)
   DESTINATION  MODE     WOULD BE  BY          WOULD CUT OFF
   shop/web:80  DISABLE  STRICT    shop/trial  2 peers
 ";
     assert_eq!(printed, expected, "\n{printed}");
     let (ready, printed) = run(&agent.socket, &["--window", "1m"]).unwrap();
-    assert!(ready && printed.starts_with("READY FOR STRICT  node node-a, window 1m 0s\n"), "{printed}");
+    assert!(!ready, "the API server may call at any time: {printed}");
     assert!(!printed.contains("CUT OFF (") && !printed.contains("BECAUSE OF DISABLE"), "{printed}");
+    let (ready, printed) = run(&agent.socket, &["--dry-run", "--window", "1m"]).unwrap();
+    assert!(
+        ready && printed.starts_with("READY FOR THE DRY-RUN POLICIES  node node-a, window 1m 0s\n"),
+        "{printed}"
+    );
 }
 
 #[test]

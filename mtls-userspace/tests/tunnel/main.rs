@@ -6,6 +6,7 @@ mod foreign;
 mod interop;
 mod raw;
 mod raw_peers;
+mod raw_withheld;
 mod refusals;
 mod resets;
 mod reuse;

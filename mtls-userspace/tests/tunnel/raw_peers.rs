@@ -16,7 +16,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::foreign::{self, ByHand, Manners, RAW, data, open_frame};
-use crate::raw::{kernel, suites};
+use crate::raw::{kernel, rekeys, suites};
 use crate::resets::must_be_reset;
 use crate::world::{Agents, CLIENT, Ca, SERVER, eventually, soon};
 
@@ -30,13 +30,18 @@ async fn servers() -> Vec<(Agents, Arc<Identity>, bool)> {
         if in_kernel && !kernel() {
             continue;
         }
-        let ca = Ca::new();
-        let client = ca.identity(CLIENT);
-        let config = Config { kernel: suites(in_kernel), ..Config::default() };
-        let agents = Agents::start_with(client.clone(), ca.identity(SERVER), Config::default(), config).await;
+        let (agents, client) = server(in_kernel, rekeys()).await;
         servers.push((agents, client, in_kernel));
     }
     servers
+}
+
+async fn server(in_kernel: bool, kernel_rekey: bool) -> (Agents, Arc<Identity>) {
+    let ca = Ca::new();
+    let client = ca.identity(CLIENT);
+    let config = Config { kernel: suites(in_kernel), kernel_rekey, ..Config::default() };
+    let agents = Agents::start_with(client.clone(), ca.identity(SERVER), Config::default(), config).await;
+    (agents, client)
 }
 
 const SPEAKS_RAW: Manners = Manners { anonymous: false, no_alpn: false, suite: None, raw: true };
@@ -192,18 +197,27 @@ async fn what_is_no_data_is_taken_out_of_the_stream() {
     }
 }
 
-/// In userspace a peer's new key is used; the kernel can't, and what was sent before it is all that arrives.
+/// A kernel that takes no second key can't go on, and what was sent before it is all that arrives.
 #[tokio::test]
-async fn a_key_update_is_followed_or_ends_in_a_reset() {
+async fn a_key_update_to_a_kernel_that_can_not_follow_ends_in_a_reset() {
+    if !kernel() {
+        return;
+    }
+    let (mut agents, client) = server(true, false).await;
+    let (mut peer, mut far) = raw_stream(&agents, &client, SPEAKS_RAW).await;
+    peer.say_data(b"old key").await;
+    hears(&mut far, b"framedold key").await;
+    peer.say(ContentType::Handshake, &KEY_UPDATE).await;
+    assert_eq!(must_be_reset(&mut far).await, 0);
+    let end = soon(agents.server_reports.recv()).await.unwrap().end;
+    assert!(matches!(end, End::Tunnel(mtls::tunnel::Error::KeyInKernel)), "{end:?}");
+}
+
+/// In userspace, and in a kernel that can, a peer's new key is used and answered by one of ours.
+#[tokio::test]
+async fn a_key_update_is_followed_and_answered() {
     for (mut agents, client, in_kernel) in servers().await {
-        if in_kernel {
-            let (mut peer, mut far) = raw_stream(&agents, &client, SPEAKS_RAW).await;
-            peer.say_data(b"old key").await;
-            hears(&mut far, b"framedold key").await;
-            peer.say(ContentType::Handshake, &KEY_UPDATE).await;
-            assert_eq!(must_be_reset(&mut far).await, 0);
-            let end = soon(agents.server_reports.recv()).await.unwrap().end;
-            assert!(matches!(end, End::Tunnel(mtls::tunnel::Error::KeyInKernel)), "{end:?}");
+        if in_kernel && !rekeys() {
             continue;
         }
         let mut tls = foreign::client(agents.inbound, &client, SPEAKS_RAW).await.unwrap();
@@ -221,6 +235,36 @@ async fn a_key_update_is_followed_or_ends_in_a_reset() {
             soon(tls.read_exact(&mut answer)).await.unwrap();
             assert_eq!(answer, [round; 100]);
         }
+        tls.shutdown().await.unwrap();
+        assert_eq!(soon(far.read(&mut [0; 8])).await.unwrap(), 0);
+        drop(far);
+        let report = soon(agents.server_reports.recv()).await.unwrap();
+        assert!(matches!(report.end, End::Clean), "{:?}", report.end);
+        let expected = if in_kernel { Records::Kernel } else { Records::Userspace };
+        assert_eq!(report.records, expected);
+    }
+}
+
+/// Keys without end cost us something each and move nothing.
+#[tokio::test]
+async fn key_updates_without_end_are_refused() {
+    for (mut agents, client, in_kernel) in servers().await {
+        if in_kernel && !rekeys() {
+            continue;
+        }
+        let mut tls = foreign::client(agents.inbound, &client, SPEAKS_RAW).await.unwrap();
+        tls.write_all(&open_frame(agents.destination())).await.unwrap();
+        let (mut far, _) = soon(agents.application.accept()).await.unwrap();
+        tls.write_all(&[RAW]).await.unwrap();
+        soon(tls.read_exact(&mut [0; 1])).await.unwrap();
+        for _ in 0..40 {
+            if tls.get_mut().1.refresh_traffic_keys().is_err() || tls.flush().await.is_err() {
+                break;
+            }
+        }
+        must_be_reset(&mut far).await;
+        let end = soon(agents.server_reports.recv()).await.unwrap().end;
+        assert!(matches!(end, End::Tunnel(mtls::tunnel::Error::Protocol(_))), "{end:?}");
     }
 }
 

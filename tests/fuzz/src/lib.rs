@@ -1,6 +1,8 @@
 //! The codecs under fuzz, compiled alone: they do no I/O, and instrumenting the whole agent takes many minutes and
 //! gigabytes for nothing.
 
+#![allow(dead_code, reason = "what hands keys to the kernel is compiled with them, and not under fuzz")]
+
 #[path = "../../../mtls-userspace/src/addr.rs"]
 pub mod addr;
 

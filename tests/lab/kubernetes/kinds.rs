@@ -66,6 +66,7 @@ pub(super) const KINDS: &[Kind] = &[
         false,
         false,
     ),
+    kind("apiregistration.k8s.io", &["v1"], "apiservices", "APIService", false, true),
 ];
 
 impl Kind {

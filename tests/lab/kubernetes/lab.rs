@@ -12,16 +12,9 @@ use crate::mesh::token_file;
 
 const NAMESPACE: &str = "mtls-system";
 
-/// Makes ServiceAccounts of agents and authority known to the lab's API server, and writes their credentials.
-pub(crate) fn give_access(lab: &Lab) -> Result<()> {
-    let api = lab.api_server()?;
-    let dir = lab.dir();
-    let account = |name: &str| format!("system:serviceaccount:{NAMESPACE}:{name}");
-    const FOLLOW: &[&str] = &["list", "watch"];
-    let follows = |resources: &[&'static str]| -> Vec<Rule> {
-        resources.iter().map(|resource| Rule::new(FOLLOW, resource)).collect()
-    };
-    let agent = follows(&[
+/// What an agent's ClusterRole grants, and not a verb more.
+pub fn agent_rules() -> Vec<Rule> {
+    follows(&[
         "namespaces",
         "nodes",
         "pods",
@@ -29,12 +22,27 @@ pub(crate) fn give_access(lab: &Lab) -> Result<()> {
         "endpointslices.discovery.k8s.io",
         "peerauthentications.security.istio.io",
         "authorizationpolicies.security.istio.io",
-    ]);
+        "validatingwebhookconfigurations.admissionregistration.k8s.io",
+        "mutatingwebhookconfigurations.admissionregistration.k8s.io",
+        "apiservices.apiregistration.k8s.io",
+    ])
+}
+
+fn follows(resources: &[&'static str]) -> Vec<Rule> {
+    const FOLLOW: &[&str] = &["list", "watch"];
+    resources.iter().map(|resource| Rule::new(FOLLOW, resource)).collect()
+}
+
+/// Makes ServiceAccounts of agents and authority known to the lab's API server, and writes their credentials.
+pub(crate) fn give_access(lab: &Lab) -> Result<()> {
+    let api = lab.api_server()?;
+    let dir = lab.dir();
+    let account = |name: &str| format!("system:serviceaccount:{NAMESPACE}:{name}");
     let mut ca = follows(&["namespaces", "pods"]);
     ca.push(Rule::new(&["create"], "tokenreviews.authentication.k8s.io"));
     ca.push(Rule::new(&["get", "create"], "secrets").within(NAMESPACE));
     ca.push(Rule::new(&["get", "create", "update"], "configmaps").within(NAMESPACE));
-    for (part, name, rules) in [("agent", "mtls-node", agent), ("ca", "mtls-ca", ca)] {
+    for (part, name, rules) in [("agent", "mtls-node", agent_rules()), ("ca", "mtls-ca", ca)] {
         let token = api.user(User { name: account(name), rules, ..User::default() });
         api.kubeconfig(&kubeconfig(dir, part), &token)?;
     }

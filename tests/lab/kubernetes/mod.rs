@@ -25,6 +25,7 @@ use serde_json::{Value, json};
 use tokio::sync::watch as signal;
 
 pub use access::{Rule, User};
+pub use lab::agent_rules;
 
 use access::Access;
 use store::Store;
@@ -132,6 +133,17 @@ impl ApiServer {
         });
         std::fs::write(path, config.to_string()).with_context(|| format!("write {}", path.display()))?;
         Ok(path.into())
+    }
+
+    /// Writes what kubelet gives a pod's container of a ServiceAccount with this token. Such a container finds the server by
+    /// its environment.
+    pub fn service_account(&self, directory: &Path, token: &str) -> Result<[(&'static str, String); 2]> {
+        for (name, text) in [("token", token), ("ca.crt", &self.ca), ("namespace", "mtls-system")] {
+            let path = directory.join(name);
+            std::fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
+        }
+        let (host, port) = (self.address.ip().to_string(), self.address.port().to_string());
+        Ok([("KUBERNETES_SERVICE_HOST", host), ("KUBERNETES_SERVICE_PORT", port)])
     }
 
     /// Creates an object, or replaces the one of its name. Returns it as it is then.

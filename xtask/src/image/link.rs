@@ -6,10 +6,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::Arch;
-use crate::{build, call, cargo, setup, step};
+use crate::{build, call, cargo, setup, step, toolchain};
 
 /// Links the development build once more, statically, and puts it beside the ordinary one as `mtls-static`.
 pub fn beside_the_dynamic_one() -> Result<PathBuf> {
@@ -30,7 +30,7 @@ pub fn beside_the_dynamic_one() -> Result<PathBuf> {
 pub fn release(arch: Arch) -> Result<PathBuf> {
     step("building mtls for the image");
     let target = arch.target();
-    let mut command = Compiler::of(arch)?.cargo();
+    let mut command = Found::here(arch).compiler(arch)?.cargo(arch);
     command.current_dir(build::workspace()).args([
         "build",
         "--locked",
@@ -41,68 +41,96 @@ pub fn release(arch: Arch) -> Result<PathBuf> {
     ]);
     command.args(["--target", target, "--message-format=json-render-diagnostics"]);
     command.arg("--target-dir").arg(build::workspace().join("target/image/build"));
-    // Where it was built is nobody's business, and would make each machine's build another one.
-    let workspace = build::workspace().canonicalize()?;
-    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
-    let home = home.or_else(|| Some(std::env::home_dir()?.join(".cargo"))).context("no home directory")?;
-    let flags = [
-        "-Ctarget-feature=+crt-static".to_owned(),
-        format!("--remap-path-prefix={}=/mtls", workspace.display()),
-        format!("--remap-path-prefix={}=/cargo", home.display()),
-    ];
-    command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+    let mut flags = vec!["-Ctarget-feature=+crt-static".to_owned()];
+    // The linker would make a number of what is stripped afterwards.
+    flags.push("-Clink-arg=-Wl,--build-id=none".to_owned());
+    let places = toolchain::remapped_paths();
+    // What is written in C, too.
+    let in_c: Vec<String> =
+        places.iter().map(|flag| flag.replace("--remap-path-prefix", "-ffile-prefix-map")).collect();
+    flags.extend(places);
+    command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f")).env("CFLAGS", in_c.join(" "));
     executable(&mut command)
 }
 
 /// Who can compile for a kind of processor.
-#[derive(Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Compiler {
     Rustup,
     /// Debian's, whose libraries for other processors are packages.
     Debian,
 }
 
-impl Compiler {
-    fn of(arch: Arch) -> Result<Self> {
+/// What this machine has to build for a kind of processor with.
+#[derive(Clone, Copy, Debug)]
+struct Found {
+    linker: bool,
+    /// Of the compiler that cargo uses.
+    library: bool,
+    /// Of Debian's compiler.
+    debian_library: bool,
+}
+
+impl Found {
+    fn here(arch: Arch) -> Self {
         let has = |rustc: &str| {
             let sysroot = output(Command::new(rustc).args(["--print", "sysroot"])).unwrap_or_default();
             Path::new(&sysroot).join("lib/rustlib").join(arch.target()).join("lib").is_dir()
         };
-        let links = arch == Arch::Amd64 || setup::find(CROSS_CC).is_some();
-        if links && has("rustc") {
-            return Ok(Self::Rustup);
-        }
-        if links && has("/usr/bin/rustc") {
-            return Ok(Self::Debian);
-        }
-        bail!(
-            "nothing here builds for {target}: `apt-get install gcc-aarch64-linux-gnu`, then `rustup target add {target}`, \
-             or `dpkg --add-architecture arm64 && apt-get update && apt-get install libstd-rust-web-dev:arm64`",
-            target = arch.target()
-        )
+        let linker = arch.is_native() || setup::find(&tool(arch, "gcc")).is_some();
+        Self { linker, library: has("rustc"), debian_library: has(DEBIAN_RUSTC) }
     }
 
-    fn cargo(&self) -> Command {
+    /// Everything that is missing, with the commands that bring it.
+    fn compiler(self, arch: Arch) -> Result<Compiler> {
+        let (target, debian) = (arch.target(), arch.name());
+        let mut missing = Vec::new();
+        if !self.linker {
+            missing.push(format!(
+                "a linker and a static C library for {debian}: apt-get install gcc-{} libc6-dev-{debian}-cross",
+                arch.triple().replace('_', "-")
+            ));
+        }
+        if !self.library && !self.debian_library {
+            missing.push(format!(
+                "Rust's library for {debian}: rustup target add {target}\n  or, with Debian's compiler: dpkg \
+                 --add-architecture {debian} && apt-get update && apt-get install rustc-web cargo-web \
+                 libstd-rust-web-dev:{debian}"
+            ));
+        }
+        ensure!(missing.is_empty(), "nothing here builds for {target}; missing:\n  {}", missing.join("\n  "));
+        Ok(if self.library { Compiler::Rustup } else { Compiler::Debian })
+    }
+}
+
+impl Compiler {
+    fn cargo(self, arch: Arch) -> Command {
         let mut command = match self {
             Self::Rustup => cargo(),
             Self::Debian => {
                 let mut command = Command::new("/usr/bin/cargo");
-                command.env("RUSTC", "/usr/bin/rustc").env_remove("RUSTUP_TOOLCHAIN");
+                command.env("RUSTC", DEBIAN_RUSTC).env_remove("RUSTUP_TOOLCHAIN");
                 command
             }
         };
-        command.env("CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER", CROSS_CC);
+        if !arch.is_native() {
+            let linker = format!("CARGO_TARGET_{}_LINKER", arch.target().replace('-', "_").to_uppercase());
+            command.env(linker, tool(arch, "gcc"));
+        }
         command
     }
 }
 
-const CROSS_CC: &str = "aarch64-linux-gnu-gcc";
+const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
+
+/// A tool of the C compiler's, for the processor.
+fn tool(arch: Arch, name: &str) -> String {
+    if arch.is_native() { name.to_owned() } else { format!("{}-{name}", arch.triple()) }
+}
 
 /// Removes symbols, with the tool for the file's own processor.
 pub fn strip(binary: &Path, arch: Arch) -> Result<()> {
-    let native = cfg!(target_arch = "x86_64") == (arch == Arch::Amd64);
-    let strip = if native { "strip" } else { "aarch64-linux-gnu-strip" };
-    call(Command::new(strip).arg("--strip-all").arg(binary))
+    call(Command::new(tool(arch, "strip")).arg("--strip-all").arg(binary))
 }
 
 fn executable(command: &mut Command) -> Result<PathBuf> {
@@ -123,4 +151,33 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
         fs::remove_file(to)?;
     }
     fs::copy(from, to).map(drop).with_context(|| format!("copy {} to {}", from.display(), to.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_is_missing_for_another_processor_is_named_with_its_remedy() {
+        let everything = Found { linker: true, library: true, debian_library: true };
+        assert_eq!(everything.compiler(Arch::Arm64).unwrap(), Compiler::Rustup);
+        let debian = Found { library: false, ..everything };
+        assert_eq!(debian.compiler(Arch::Arm64).unwrap(), Compiler::Debian);
+        let said = |found: Found, arch| found.compiler(arch).unwrap_err().to_string();
+        let linker = ["apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross"];
+        let library = ["rustup target add aarch64-unknown-linux-gnu", "libstd-rust-web-dev:arm64"];
+        let no_linker = Found { linker: false, ..everything };
+        let no_library = Found { debian_library: false, ..debian };
+        for (found, missing, there) in
+            [(no_linker, &linker[..], &library[..]), (no_library, &library, &linker)]
+        {
+            let said = said(found, Arch::Arm64);
+            assert!(missing.iter().all(|part| said.contains(part)), "{said}");
+            assert!(!there.iter().any(|part| said.contains(part)), "{said}");
+        }
+        let nothing = said(Found { linker: false, ..no_library }, Arch::Arm64);
+        assert!(linker.iter().chain(&library).all(|part| nothing.contains(part)), "{nothing}");
+        let amd64 = said(Found { linker: false, ..no_library }, Arch::Amd64);
+        assert!(amd64.contains("gcc-x86-64-linux-gnu libc6-dev-amd64-cross"), "{amd64}");
+    }
 }

@@ -52,8 +52,8 @@ impl Image {
     pub fn run(self) -> Result<()> {
         build::object()?;
         let binary = match (self.dev, self.arch) {
-            (true, Arch::Amd64) => link::beside_the_dynamic_one()?,
-            (true, Arch::Arm64) => anyhow::bail!("--dev is for this machine's own kind of processor"),
+            (true, arch) if arch.is_native() => link::beside_the_dynamic_one()?,
+            (true, _) => anyhow::bail!("--dev is for this machine's own kind of processor"),
             (false, arch) => link::release(arch)?,
         };
         let made = self.pack(&binary)?;
@@ -116,6 +116,19 @@ impl Arch {
             Self::Amd64 => "x86_64-unknown-linux-gnu",
             Self::Arm64 => "aarch64-unknown-linux-gnu",
         }
+    }
+
+    /// As the C compiler's tools call it.
+    fn triple(self) -> &'static str {
+        match self {
+            Self::Amd64 => "x86_64-linux-gnu",
+            Self::Arm64 => "aarch64-linux-gnu",
+        }
+    }
+
+    /// Whether this machine's is of that kind.
+    fn is_native(self) -> bool {
+        cfg!(target_arch = "aarch64") == (self == Self::Arm64)
     }
 }
 

@@ -21,7 +21,7 @@ pub fn describe(arch: Arch) -> Result<String> {
             components.insert(purl, component);
         }
     }
-    if let Some(version) = glibc() {
+    if let Some(version) = glibc(arch) {
         let purl = format!("pkg:deb/debian/glibc@{version}");
         let license = json!([{"license": {"id": "LGPL-2.1-or-later"}}]);
         let glibc = json!({
@@ -93,9 +93,13 @@ fn component(package: &Value) -> Result<(String, Value)> {
 }
 
 /// The C library's version, where Debian's package manager knows it.
-fn glibc() -> Option<String> {
-    let output =
-        Command::new("dpkg-query").args(["--show", "--showformat=${Version}", "libc6-dev"]).output().ok()?;
+fn glibc(arch: Arch) -> Option<String> {
+    let package = match arch.is_native() {
+        true => "libc6-dev".to_owned(),
+        false => format!("libc6-dev-{}-cross", arch.name()),
+    };
+    let mut query = Command::new("dpkg-query");
+    let output = query.args(["--show", "--showformat=${Version}", &package]).output().ok()?;
     let version = String::from_utf8(output.stdout).ok()?;
     (output.status.success() && !version.is_empty()).then_some(version)
 }

@@ -2,14 +2,12 @@
 
 use std::env;
 use std::fmt;
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
-use super::dir;
-use crate::{call, setup, step};
+use super::packages::{Archive, only};
+use crate::setup;
 
 #[derive(clap::ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kernel {
@@ -19,11 +17,17 @@ pub enum Kernel {
     /// Debian 13's cloud kernel, as Debian 12 offers it.
     #[value(name = "6.12")]
     Debian13,
+    /// The newest that Debian 13 offers. Left out of the whole matrix where the mirror has none.
+    Backports,
     /// A kernel that is a process.
     Uml,
     /// The one this machine runs.
     Running,
 }
+
+/// The metapackage of a Debian's newest kernel for virtual machines.
+const CLOUD: &str = "linux-image-cloud-amd64";
+const BACKPORTS: &str = "trixie-backports";
 
 /// What a machine is started from.
 pub struct Image {
@@ -35,29 +39,39 @@ pub struct Image {
 }
 
 impl Kernel {
-    pub const ALL: [Self; 4] = [Self::Debian12, Self::Debian13, Self::Uml, Self::Running];
+    pub const ALL: [Self; 5] = [Self::Debian12, Self::Debian13, Self::Backports, Self::Uml, Self::Running];
 
     /// Fetches what is missing. None: it runs already.
     pub fn image(self) -> Result<Option<Image>> {
         Ok(Some(match self {
             Self::Running => return Ok(None),
             Self::Uml => {
-                let root = unpacked("user-mode-linux")?;
+                let root = Archive::of_this_machine().unpack("user-mode-linux", "user-mode-linux")?;
                 let modules = only(&root.join("usr/lib/uml/modules"), "")?;
                 Image { is_program: true, path: root.join("usr/bin/linux.uml"), modules }
             }
-            Self::Debian12 => debian("linux-image-cloud-amd64")?,
-            Self::Debian13 => debian("linux-image-6.12-cloud-amd64")?,
+            Self::Debian12 => debian(&Archive::of_this_machine(), CLOUD, CLOUD)?,
+            Self::Debian13 => {
+                let package = "linux-image-6.12-cloud-amd64";
+                debian(&Archive::of_this_machine(), package, package)?
+            }
+            Self::Backports => debian(&Archive::suite(BACKPORTS)?, CLOUD, BACKPORTS)?,
         }))
     }
 }
 
 impl Kernel {
+    /// Whether it changes with the mirror, and may be missing there.
+    pub fn is_optional(self) -> bool {
+        self == Self::Backports
+    }
+
     /// Where it comes from, for a table.
     pub fn origin(self) -> &'static str {
         match self {
             Self::Debian12 => "Debian 12 cloud",
             Self::Debian13 => "Debian 13 cloud",
+            Self::Backports => "Debian 13 backports cloud",
             Self::Uml => "User-mode Linux",
             Self::Running => "a virtual machine's own",
         }
@@ -78,64 +92,20 @@ impl fmt::Display for Kernel {
         f.write_str(match self {
             Self::Debian12 => "6.1",
             Self::Debian13 => "6.12",
+            Self::Backports => "backports",
             Self::Uml => "uml",
             Self::Running => "running",
         })
     }
 }
 
-/// The kernel that a package without content of its own depends on.
-fn debian(package: &str) -> Result<Image> {
+/// The kernel that a package stands for, with its modules.
+fn debian(archive: &Archive, package: &str, name: &str) -> Result<Image> {
     setup::packages(&[("qemu-system-x86_64", "qemu-system-x86"), ("xz", "xz-utils")])?;
-    let root = unpacked(package)?;
-    Ok(Image {
-        is_program: false,
-        path: only(&root.join("boot"), "vmlinuz-")?,
-        modules: only(&root.join("lib/modules"), "")?,
-    })
-}
-
-/// A package's files, below a directory. Kept: the next run needs no network.
-fn unpacked(package: &str) -> Result<PathBuf> {
-    let root = dir().join("kernels").join(package);
-    if root.join("complete").exists() {
-        return Ok(root);
-    }
-    setup::require_debian(package)?;
-    step(&format!("fetching {package}"));
-    fs::create_dir_all(&root).with_context(|| format!("make {}", root.display()))?;
-    let download =
-        |name: &str| call(Command::new("apt-get").args(["-qq", "download", name]).current_dir(&root));
-    let name = match newest(package) {
-        Ok(name) if download(&name).is_ok() => name,
-        // Package lists may be missing, or older than what the mirror still has.
-        _ => {
-            setup::apt(&["update"])?;
-            let name = newest(package)?;
-            download(&name)?;
-            name
-        }
-    };
-    let archive = only(&root, &format!("{name}_"))?;
-    call(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(&root))?;
-    fs::remove_file(&archive)?;
-    fs::write(root.join("complete"), name)?;
-    Ok(root)
-}
-
-/// The image that a metapackage stands for, or the package itself.
-fn newest(package: &str) -> Result<String> {
-    let output = Command::new("apt-cache").args(["depends", package]).output().context("run apt-cache")?;
-    ensure!(output.status.success(), "there is no package {package} here");
-    let text = String::from_utf8_lossy(&output.stdout);
-    let mut depends = text.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
-    Ok(depends.find(|name| name.starts_with("linux-image-")).unwrap_or(package).to_owned())
-}
-
-/// The one entry of a directory whose name starts so.
-fn only(directory: &Path, start: &str) -> Result<PathBuf> {
-    let entries = fs::read_dir(directory).with_context(|| format!("read {}", directory.display()))?;
-    let mut names = entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(start));
-    let entry = names.next().with_context(|| format!("nothing like {start}* in {}", directory.display()))?;
-    Ok(entry.path())
+    let root = archive.unpack(package, name)?;
+    // Where everything is below /usr, /lib is a link that no package brings.
+    let lib = [root.join("usr/lib/modules"), root.join("lib/modules")].into_iter().find(|lib| lib.is_dir());
+    let modules = only(&lib.with_context(|| format!("{package} brings no modules"))?, "")?;
+    let path = only(&root.join("boot"), "vmlinuz-").or_else(|_| only(&modules, "vmlinuz"))?;
+    Ok(Image { is_program: false, path, modules })
 }

@@ -16,7 +16,7 @@ pub struct Module {
 }
 
 /// What the lab or a capability of the product may ask for; a kernel that has one built in has no module for it.
-const WANTED: [&str; 25] = [
+const WANTED: [&str; 26] = [
     // The lab's network, and packets seen on it.
     "ipv6",
     "veth",
@@ -31,6 +31,7 @@ const WANTED: [&str; 25] = [
     "ghash-clmulni-intel",
     "chacha20poly1305",
     "chacha_generic",
+    "chacha",
     "chacha-x86_64",
     "poly1305_generic",
     "poly1305-x86_64",

@@ -39,6 +39,7 @@ pub struct Obstacle {
 /// One part of what the agent needs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Part {
+    Object,
     Capabilities,
     Cgroup,
     Bpffs,
@@ -133,6 +134,9 @@ fn kernel_half(scratch: &Scratch, report: &mut Report) {
     };
     let mut object = match kernel::open(&pins) {
         Ok(object) => object,
+        Err(error @ (Error::NoObject | Error::StaleObject { .. })) => {
+            return report.put(Part::Object, Err::<String, _>(error));
+        }
         Err(error) => {
             // Which kind of map it was, if it was one.
             let kind = MAPS.into_iter().find(|(_, name)| kernel::is_about_map(&error, name));
@@ -152,6 +156,9 @@ fn kernel_half(scratch: &Scratch, report: &mut Report) {
             report.put(part, Err::<String, _>(obstacle));
         }
     }
+    if !report.passed() {
+        report.put(Part::Object, Ok::<_, Obstacle>("opened"));
+    }
 }
 
 /// Whether a connection of this process can be ended from outside, as those of pods are when a port becomes STRICT.
@@ -168,6 +175,17 @@ pub fn socket_destroy() -> Outcome {
     match client.read(&mut [0]) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionReset => Ok("a connection was reset".into()),
         other => Err(Obstacle::said(format!("an ended connection is not reset: {other:?}"))),
+    }
+}
+
+/// Whether every socket that must not go directly is known: one of Multipath TCP outlives the reset of its subflow.
+pub fn same_node_direct() -> Outcome {
+    match (preflight::has_mptcp(), preflight::tells_mptcp()) {
+        (false, _) => Ok("there is no Multipath TCP".into()),
+        (true, true) => Ok("Multipath TCP is told from TCP".into()),
+        (true, false) => Err(Obstacle::said(
+            "sockets of Multipath TCP look like those of TCP: connect hooks lack bpf_skc_to_mptcp_sock",
+        )),
     }
 }
 
@@ -213,7 +231,8 @@ impl Report {
 }
 
 impl Part {
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
+        Self::Object,
         Self::Capabilities,
         Self::Cgroup,
         Self::Bpffs,
@@ -238,6 +257,7 @@ impl Part {
     /// The name by which people know it.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Object => "bpf-object",
             Self::Capabilities => "capabilities",
             Self::Cgroup => "cgroup2",
             Self::Bpffs => "bpffs",

@@ -84,7 +84,10 @@ impl Cgroups {
         remove_leftovers(root);
         let dir = root.join(format!("{PREFIX}{}", std::process::id()));
         let failed = |error| Obstacle::of(error).during(&format!("making a cgroup below {}", root.display()));
-        let cgroups = Self { home: home()?, dir };
+        let home = home()?;
+        // Whoever could not come back must not go: a container sees its own cgroup read-only.
+        File::options().write(true).open(home.join("cgroup.procs")).map_err(failed)?;
+        let cgroups = Self { home, dir };
         for role in ["agent", "pod"] {
             fs::create_dir_all(cgroups.dir.join(role)).map_err(failed)?;
         }

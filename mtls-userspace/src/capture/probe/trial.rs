@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use socket2::{Domain, SockRef, Socket, Type};
 
 use super::place::Scratch;
-use super::{Obstacle, Part, Report};
+use super::{Error, Obstacle, Part, Report};
 use crate::addr::OriginalSrc;
 use crate::capture::{Capture, Config, Enrolled, Enrolment, EventKind, LocalPod};
 use crate::policy::{Mode, PortModes};
@@ -37,7 +37,21 @@ struct Trial<'a> {
 }
 
 pub(super) fn run(scratch: &Scratch, report: &mut Report) {
-    let trial = match Trial::begin(scratch) {
+    let congestion = match congestion(scratch) {
+        Ok(congestion) => congestion,
+        Err(obstacle) => return report.put(Part::CgroupReach, Err::<String, _>(obstacle)),
+    };
+    let capture = match Capture::start(config(scratch, congestion.1)) {
+        Ok(capture) => capture,
+        // Nobody else has pinned anything here.
+        Err(Error::PinnedShape { path }) => {
+            let what = format!("its {} has another shape", path.file_name().unwrap_or_default().display());
+            return report.put(Part::Object, Err::<String, _>(Error::StaleObject { what }));
+        }
+        Err(error) => return report.put(Part::CgroupReach, Err::<String, _>(error)),
+    };
+    report.put(Part::Object, Ok::<_, Obstacle>("this version's"));
+    let trial = match Trial::begin(scratch, capture, congestion) {
         Ok(trial) => trial,
         Err(obstacle) => return report.put(Part::CgroupReach, Err::<String, _>(obstacle)),
     };
@@ -76,13 +90,21 @@ pub(super) fn run(scratch: &Scratch, report: &mut Report) {
     report.put(Part::Adoption, trial.adopt());
 }
 
+/// The congestion control of sockets in the place, and another; its loopback is there from here on.
+fn congestion(scratch: &Scratch) -> Result<(Vec<u8>, &'static str), Obstacle> {
+    let usual = scratch.netns.within(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))??;
+    let usual = SockRef::from(&usual).tcp_congestion()?;
+    let other = if usual.starts_with(b"reno") { "cubic" } else { "reno" };
+    scratch.netns.within(|| rtnetlink::add_to_loopback(POD[0]))??;
+    Ok((usual, other))
+}
+
 impl<'a> Trial<'a> {
-    fn begin(scratch: &'a Scratch) -> Result<Self, Obstacle> {
-        let usual = scratch.netns.within(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))??;
-        let usual_congestion = SockRef::from(&usual).tcp_congestion()?;
-        let congestion = if usual_congestion.starts_with(b"reno") { "cubic" } else { "reno" };
-        scratch.netns.within(|| rtnetlink::add_to_loopback(POD[0]))??;
-        let capture = Capture::start(config(scratch, congestion))?;
+    fn begin(
+        scratch: &'a Scratch,
+        capture: Capture,
+        (usual_congestion, congestion): (Vec<u8>, &'static str),
+    ) -> Result<Self, Obstacle> {
         let prefixes: Vec<_> = CAPTURED.into_iter().map(ipnet::IpNet::from).collect();
         capture.set_captured(&prefixes)?;
         let pod = scratch.cgroups.as_ref().map(|cgroups| cgroups.pod()).ok();

@@ -62,8 +62,8 @@ fn report(args: &Args, found: Found) -> Result<()> {
     println!("\n{}", table(&records));
     let Environment { machine, kernel, congestion_control, version, .. } = &environment;
     println!(
-        "{machine}, Linux {kernel}, {congestion_control}, {version}; in parentheses the ratio to plain TCP. Load client, \
-         server and whatever carries share this machine."
+        "{machine}, Linux {kernel}, {congestion_control}, {version}; medians, ± how far the repetitions lie from them at \
+         most, in parentheses the ratio to plain TCP. Load client, server and whatever carries share this machine."
     );
     for Missing { path, why } in &results.missing {
         println!("not measured: {path}: {why}");

@@ -52,4 +52,4 @@ macro_rules! paths {
     };
 }
 
-paths!(plain, relayed, agents, sockmap);
+paths!(plain, relayed, agents);

@@ -56,6 +56,6 @@ impl Path for Relayed {
             let connect = || std::net::TcpStream::connect(dial).is_ok();
             Ok(pair.client.within(connect)?.then_some(()))
         })?;
-        Ok(Carrier { processes: vec![relays], _silent: Vec::new(), pair, dial, by_processes: true })
+        Ok(Carrier { processes: vec![relays], _silent: Vec::new(), pair, dial, by_processes: !self.0.in_kernel() })
     }
 }

@@ -38,6 +38,11 @@ pub(super) trait Technique: Sync {
         None
     }
 
+    /// Whether the kernel moves the bytes by itself, so that the relays' processes show little of their cost.
+    fn in_kernel(&self) -> bool {
+        false
+    }
+
     /// The relay beside the client; its sockets come from the client and it dials `ends.tunnel`. Called once, on the
     /// thread and in the runtime where the connections will be carried.
     fn near(&self, ends: Arc<Ends>) -> OnAccept;
@@ -55,7 +60,7 @@ macro_rules! techniques {
     };
 }
 
-techniques!(copy, splice, library, userspace, kernel);
+techniques!(copy, splice, sockmap, library, userspace, kernel);
 
 /// Where the relays stand, and who they are.
 pub(super) struct Ends {

@@ -33,7 +33,7 @@ struct PodJson {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Metadata {
+pub(super) struct Metadata {
     name: Option<String>,
     namespace: Option<String>,
     uid: Option<String>,

@@ -20,9 +20,11 @@ use tokio::task::JoinSet;
 use super::Settings;
 use super::source::Shared;
 use crate::kubernetes::{Change, Cluster, Ended, Trouble, follow as follow_kind, while_absent};
+use callers::{Caller, Calling};
 use lean::{LeanNode, LeanPod};
 use state::{Kind, Object, State};
 
+mod callers;
 mod kept;
 mod lean;
 mod policies;
@@ -86,7 +88,7 @@ pub(super) async fn follow(cluster: Cluster, settings: Settings, scope: Scope) -
     (shared, Following { _tasks: tasks })
 }
 
-/// Starts a follower for each kind.
+/// Starts a follower for each kind, and returns those without which nothing can be decided.
 fn start(
     tasks: &mut JoinSet<()>,
     cluster: &Cluster,
@@ -126,6 +128,11 @@ fn start(
     let rules: fn(DynamicObject) -> Object = |it| Object::AuthorizationPolicy(Box::new(it));
     let what = "authorizationpolicies.security.istio.io";
     tasks.spawn(one(policies("AuthorizationPolicy"), what, to(Kind::AuthorizationPolicy), rules));
+    for caller in Caller::ALL {
+        let callers: Api<Calling> = Api::all_with(client(), &caller.resource());
+        let calling = move |it| Object::Caller(caller, Box::new(it));
+        tasks.spawn(one([callers], caller.plural(), to(Kind::Caller(caller)), calling));
+    }
     vec![
         Kind::Namespace,
         Kind::Node,
@@ -142,7 +149,7 @@ async fn one<K, const VERSIONS: usize>(
     versions: [Api<K>; VERSIONS],
     what: &'static str,
     (kind, send): (Kind, mpsc::Sender<Message>),
-    object: fn(K) -> Object,
+    object: impl Fn(K) -> Object + Send + Sync + 'static,
 ) where
     K: kube::Resource + Clone + DeserializeOwned + Debug + Send + 'static,
 {
@@ -281,7 +288,7 @@ impl Follower {
 
     fn well(&mut self, kind: Kind) {
         if self.troubles.remove(&kind).is_some() {
-            tracing::info!(server = self.server, "{kind:?} objects are followed again");
+            tracing::info!(server = self.server, ?kind, "objects are followed again");
         }
         if self.troubles.is_empty() {
             self.since = None;

@@ -15,6 +15,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::jiff::Timestamp;
 use kube::api::DynamicObject;
 
+use super::callers::{Caller, Callers, Calling};
 use super::kept::{Kept, Uid};
 use super::policies::{self, Refused};
 use crate::mesh::hosts::Host;
@@ -38,6 +39,8 @@ pub(super) enum Kind {
     EndpointSlice,
     PeerAuthentication,
     AuthorizationPolicy,
+    /// Says what the API server dials; only reports depend on it.
+    Caller(Caller),
 }
 
 /// An object as it came.
@@ -50,6 +53,7 @@ pub(super) enum Object {
     EndpointSlice(Box<EndpointSlice>),
     PeerAuthentication(Box<DynamicObject>),
     AuthorizationPolicy(Box<DynamicObject>),
+    Caller(Caller, Box<Calling>),
 }
 
 pub(super) struct State {
@@ -69,6 +73,7 @@ pub(super) struct State {
     tables: HashMap<Arc<str>, Table>,
     peer_authentications: Kept<PeerAuthentication>,
     authorization_policies: Kept<AuthorizationPolicy>,
+    callers: Callers,
     /// Objects that can't be understood as they are, with the reason.
     faults: BTreeMap<String, String>,
     fresh: Fresh,
@@ -83,6 +88,7 @@ struct Fresh {
     pods: bool,
     hosts: bool,
     policies: bool,
+    callers: bool,
     services: HashSet<Arc<str>>,
 }
 
@@ -102,8 +108,10 @@ impl State {
             tables: HashMap::new(),
             peer_authentications: Kept::default(),
             authorization_policies: Kept::default(),
+            callers: Callers::default(),
             faults: BTreeMap::new(),
-            fresh: Fresh::default(),
+            // Of whom nothing is known yet, that is to be said.
+            fresh: Fresh { callers: true, ..Fresh::default() },
             last: Parts::default(),
             outlived: None,
         }
@@ -115,7 +123,8 @@ impl State {
     }
 
     pub(super) fn is_fresh(&self) -> bool {
-        self.fresh.pods || self.fresh.hosts || self.fresh.policies || !self.fresh.services.is_empty()
+        let Fresh { pods, hosts, policies, callers, services } = &self.fresh;
+        *pods || *hosts || *policies || *callers || !services.is_empty()
     }
 
     /// Whether a kind was listed completely, once.
@@ -128,6 +137,7 @@ impl State {
             Kind::EndpointSlice => self.slices.complete,
             Kind::PeerAuthentication => self.peer_authentications.complete,
             Kind::AuthorizationPolicy => self.authorization_policies.complete,
+            Kind::Caller(caller) => self.callers.of(caller).complete,
         }
     }
 
@@ -136,6 +146,10 @@ impl State {
         match kind {
             Kind::PeerAuthentication => self.peer_authentications.complete = true,
             Kind::AuthorizationPolicy => self.authorization_policies.complete = true,
+            Kind::Caller(caller) => {
+                self.callers.of_mut(caller).complete = true;
+                self.fresh.callers = true;
+            }
             _ => {}
         }
     }
@@ -149,6 +163,7 @@ impl State {
             Kind::EndpointSlice => self.slices.begin(),
             Kind::PeerAuthentication => self.peer_authentications.begin(),
             Kind::AuthorizationPolicy => self.authorization_policies.begin(),
+            Kind::Caller(caller) => self.callers.of_mut(caller).begin(),
         }
     }
 
@@ -173,6 +188,10 @@ impl State {
             Kind::PeerAuthentication => self.fresh.policies |= !self.peer_authentications.end().is_empty(),
             Kind::AuthorizationPolicy => {
                 self.fresh.policies |= !self.authorization_policies.end().is_empty();
+            }
+            Kind::Caller(caller) => {
+                self.callers.of_mut(caller).end();
+                self.fresh.callers = true;
             }
         }
     }
@@ -208,6 +227,10 @@ impl State {
             Object::AuthorizationPolicy(written) => {
                 let read = policies::authorization_policy(&written, &self.place);
                 keep_policy(&mut self.authorization_policies, key, uid, read, &mut self.fresh.policies)
+            }
+            Object::Caller(caller, calling) => {
+                self.fresh.callers |= self.callers.put(caller, &calling, &mut self.interner);
+                Ok(())
             }
         };
         match outcome {
@@ -260,6 +283,11 @@ impl State {
                 self.fresh.policies |= removed;
                 removed
             }
+            Object::Caller(caller, _) => {
+                let removed = self.callers.of_mut(*caller).remove(&key, uid).is_some();
+                self.fresh.callers |= removed;
+                removed
+            }
         };
         // An object that never was in good order has nothing but its fault.
         if was_there || !self.is_kept(object, &key) {
@@ -276,6 +304,7 @@ impl State {
             Object::EndpointSlice(_) => self.slices.get(key).is_some(),
             Object::PeerAuthentication(_) => self.peer_authentications.get(key).is_some(),
             Object::AuthorizationPolicy(_) => self.authorization_policies.get(key).is_some(),
+            Object::Caller(caller, _) => self.callers.of(*caller).get(key).is_some(),
         }
     }
 
@@ -409,6 +438,7 @@ impl Object {
             Self::Service(it) => &it.metadata,
             Self::EndpointSlice(it) => &it.metadata,
             Self::PeerAuthentication(it) | Self::AuthorizationPolicy(it) => &it.metadata,
+            Self::Caller(_, it) => &it.metadata,
         }
     }
 
@@ -421,6 +451,7 @@ impl Object {
             Self::EndpointSlice(_) => "EndpointSlice",
             Self::PeerAuthentication(_) => "PeerAuthentication",
             Self::AuthorizationPolicy(_) => "AuthorizationPolicy",
+            Self::Caller(caller, _) => caller.kind(),
         }
     }
 }

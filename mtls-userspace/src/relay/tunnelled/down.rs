@@ -10,7 +10,7 @@ use super::steady::Steady;
 use super::{End, Relay, Step, TURN, yield_turn};
 use crate::relay::is_reset;
 use crate::relay::pipe::Pipe;
-use crate::tunnel::{Error, MAX_RANGES, Pulled, RecordError, SLOT, Size, send, send_vectored};
+use crate::tunnel::{MAX_RANGES, Pulled, RecordError, SLOT, Size, send, send_vectored};
 
 /// Taken from the kernel at once; one record in fact.
 const SPLICED: usize = 64 * 1024;
@@ -89,9 +89,6 @@ impl Relay<'_> {
                 Pulled::Raw => continue,
                 Pulled::Data | Pulled::Open(_) => {}
             }
-            if self.up.kernel.is_some() && self.codec.key_update_owed() {
-                return Poll::Ready(Err(End::Tunnel(Error::KeyInKernel)));
-            }
             if self.hand_over_receiving()? {
                 continue;
             }
@@ -125,7 +122,9 @@ impl Relay<'_> {
                 Ok(0) => return Poll::Ready(Err(self.tunnel_end(End::Truncated))),
                 Ok(n) => {
                     self.down.large = incoming.is_full() || n > SLOT;
-                    self.down.steady.received(self.tunnel, n);
+                    if self.down.large {
+                        self.down.steady.received(self.tunnel, n);
+                    }
                     return Poll::Ready(Ok(()));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -223,6 +222,7 @@ impl Relay<'_> {
             };
             match filled {
                 Ok(n) if n > 0 => {
+                    self.codec.opened_in_kernel();
                     records += 1;
                     if records >= pipe.records {
                         break;

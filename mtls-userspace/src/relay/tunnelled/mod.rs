@@ -120,18 +120,22 @@ impl Relay<'_> {
         up && !self.down.holds() && !self.down.over && !self.codec.incoming.has_plaintext()
     }
 
+    /// What gives the other direction something to do when it comes to be.
+    fn news(&self) -> [bool; 4] {
+        let key = self.up.kernel.is_some() && self.codec.key_update_owed();
+        [self.rejection.is_some(), self.app_failed, self.codec.raw_owed(), key]
+    }
+
     fn poll_both(&mut self, cx: &mut Context<'_>) -> Step {
         loop {
             self.codec.moved(self.progress.sent() + self.progress.received());
-            let before = [self.rejection.is_some(), self.app_failed, self.codec.raw_owed()];
+            let before = self.news();
             let up = self.poll_up(cx)?;
             let _ = self.poll_down(cx)?;
             if up.is_ready() && self.codec.order.inbound_ended() && !self.down.fin {
                 return Poll::Ready(Ok(()));
             }
-            // Any of these that came to be gives the other direction something to do.
-            let after = [self.rejection.is_some(), self.app_failed, self.codec.raw_owed()];
-            if before.iter().zip(after).all(|(before, after)| *before || !after) {
+            if before.iter().zip(self.news()).all(|(before, after)| *before || !after) {
                 return Poll::Pending;
             }
         }

@@ -21,39 +21,43 @@ const SHORT: Duration = Duration::from_millis(16);
 const BATCH: usize = 256 * 1024;
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// How steadily a direction's bytes come.
+/// How steadily a direction's bytes come. Owns nothing while it carries little.
 #[derive(Default)]
-pub(super) struct Steady {
-    /// Bytes and time since the last look.
+pub(super) struct Steady(Option<Box<Pace>>);
+
+struct Pace {
+    /// Bytes since the last look.
     seen: usize,
-    since: Option<Instant>,
+    looked: Instant,
     /// There while the mark is set: the time to the next look.
     mark: Option<Pin<Box<Sleep>>>,
 }
 
 impl Steady {
-    /// To be told of what was received.
+    /// To be told of what was received, if it was much.
     pub fn received(&mut self, tunnel: &TcpStream, n: usize) {
-        self.seen += n;
-        if self.mark.is_some() || self.seen < FAST {
+        let pace =
+            self.0.get_or_insert_with(|| Box::new(Pace { seen: 0, looked: Instant::now(), mark: None }));
+        pace.seen += n;
+        if pace.mark.is_some() || pace.seen < FAST {
             return;
         }
         let now = Instant::now();
-        let fast = self.since.replace(now).is_some_and(|since| now - since < SHORT);
-        self.seen = 0;
+        let fast = now - pace.looked < SHORT;
+        (pace.seen, pace.looked) = (0, now);
         if fast && low_water(tunnel, BATCH).is_ok() {
-            self.mark = Some(Box::pin(tokio::time::sleep(PAUSE)));
+            pace.mark = Some(Box::pin(tokio::time::sleep(PAUSE)));
         }
     }
 
     /// To be asked whenever there is nothing to receive: takes the mark away after a pause, whereupon the kernel tells
     /// of what it has kept back.
     pub fn poll_pause(&mut self, tunnel: &TcpStream, cx: &mut Context<'_>) {
-        while let Some(mark) = &mut self.mark {
+        while let Some(Pace { seen, mark: Some(mark), .. }) = self.0.as_deref_mut() {
             if mark.as_mut().poll(cx).is_pending() {
                 return;
             }
-            if std::mem::take(&mut self.seen) == 0 {
+            if std::mem::take(seen) == 0 {
                 self.end(tunnel);
             } else {
                 mark.as_mut().reset(Instant::now() + PAUSE);
@@ -63,11 +67,10 @@ impl Steady {
 
     /// Takes the mark away.
     pub fn end(&mut self, tunnel: &TcpStream) {
-        if self.mark.take().is_some() {
+        if self.0.take().is_some_and(|pace| pace.mark.is_some()) {
             // Fails only on a socket that is gone.
             let _ = low_water(tunnel, 1);
         }
-        (self.seen, self.since) = (0, None);
     }
 }
 
@@ -120,7 +123,7 @@ mod tests {
     async fn a_fast_stream_wakes_us_for_batches_and_loses_nothing_in_a_pause() {
         let (mut near, far) = pair().await;
         let mut steady = Steady::default();
-        (0..2).for_each(|_| steady.received(&far, FAST));
+        steady.received(&far, FAST);
         assert_eq!(mark_of(&far), BATCH as libc::c_int);
         let mut bytes = [0; 32];
         assert!(far.try_read(&mut bytes).is_err(), "there is nothing yet");
@@ -143,9 +146,9 @@ mod tests {
     async fn a_slow_stream_gets_no_mark_and_an_ended_one_keeps_none() {
         let (_near, far) = pair().await;
         let mut steady = Steady::default();
-        steady.received(&far, FAST);
+        steady.received(&far, FAST / 2);
         tokio::time::sleep(SHORT * 2).await;
-        steady.received(&far, FAST);
+        steady.received(&far, FAST / 2);
         assert_eq!(mark_of(&far), 1);
         steady.received(&far, FAST);
         assert_eq!(mark_of(&far), BATCH as libc::c_int);

@@ -14,8 +14,9 @@ use crate::tunnel::{
 const OVERHEAD: usize = (SLOT - MAX_DATA) + (SLOT - MAX_DATA);
 /// Taken from the application at once where bytes move by splice.
 const SPLICED: usize = 256 * 1024;
-/// Calls between two looks at the kernel's record counter.
-const CALLS_BETWEEN_LOOKS: u32 = 4096;
+
+/// Calls between two looks at the kernel's record counter, which a key may be about to run out of.
+const MOST_CALLS: u64 = 4096;
 
 #[derive(Default)]
 pub(super) struct Up {
@@ -38,7 +39,8 @@ pub(super) struct InKernel {
     pipe: Pipe,
     /// The application has ended; our end of direction must still be sent.
     ending: bool,
-    calls: u32,
+    /// Calls before the kernel's record counter must be looked at.
+    calls_left: u64,
 }
 
 impl Up {
@@ -56,7 +58,8 @@ impl Relay<'_> {
             }
             if let Err(end) = ready!(self.poll_flush(cx)) {
                 self.up.buffer = None;
-                if self.codec.order.inbound_ended() {
+                // Only a peer that is gone may have said why.
+                if self.codec.order.inbound_ended() || matches!(end, End::Tunnel(_)) {
                     return Poll::Ready(Err(end));
                 }
                 self.tunnel_failed = Some(end);
@@ -193,7 +196,7 @@ impl Relay<'_> {
         let handed = Pipe::new().and_then(|pipe| self.codec.hand_over_sending(self.tunnel).map(|()| pipe));
         match handed {
             Ok(pipe) => {
-                self.up.kernel = Some(Box::new(InKernel { pipe, ending: false, calls: 0 }));
+                self.up.kernel = Some(Box::new(InKernel { pipe, ending: false, calls_left: 0 }));
                 self.progress.kernel_sends();
             }
             Err(error) => tracing::debug!(%error, "the kernel does not take over sending: userspace goes on"),
@@ -224,12 +227,16 @@ impl Relay<'_> {
     fn poll_flush_kernel(&mut self, cx: &mut Context<'_>) -> Step {
         loop {
             let Some(kernel) = &mut self.up.kernel else { return Poll::Ready(Ok(())) };
-            let done = if kernel.pipe.held() > 0 {
-                kernel.calls += 1;
-                if kernel.calls >= CALLS_BETWEEN_LOOKS {
-                    kernel.calls = 0;
-                    self.codec.judge_kernel_key(self.tunnel).map_err(End::Tunnel)?;
+            let done = if self.codec.key_update_owed() {
+                let changed = self.codec.change_key_in_kernel(self.tunnel).map_err(End::Tunnel)?;
+                changed.inspect(|()| kernel.calls_left = 1)
+            } else if kernel.pipe.held() > 0 {
+                if kernel.calls_left == 0 {
+                    let calls = self.codec.judge_kernel_key(self.tunnel).map_err(End::Tunnel)?;
+                    kernel.calls_left = calls.clamp(1, MOST_CALLS);
+                    continue;
                 }
+                kernel.calls_left -= 1;
                 kernel.pipe.drain(self.tunnel).map(|_| ())
             } else if std::mem::take(&mut kernel.ending) {
                 let ended = self.codec.end_in_kernel(self.tunnel);

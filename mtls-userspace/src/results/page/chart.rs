@@ -22,15 +22,22 @@ pub struct Spread<'a> {
     pub points: Vec<(&'static str, f64)>,
 }
 
-const WIDTH: f64 = 560.0;
+const WIDTH: f64 = 640.0;
 const ROW: f64 = 24.0;
-/// Where bars begin and where they end at most; names stand before, values behind.
-const LEFT: f64 = 168.0;
-const RIGHT: f64 = 450.0;
+/// Where bars end at most; values stand behind.
+const RIGHT: f64 = 530.0;
+
+/// Where bars begin: behind the longest name, as wide as its letters are on average at most.
+fn left<'n>(names: impl Iterator<Item = &'n str>) -> f64 {
+    const LETTER: f64 = 6.3;
+    let longest = names.map(|name| name.chars().count()).max().unwrap_or(0);
+    (longest as f64 * LETTER + 10.0).clamp(110.0, 280.0)
+}
 
 pub fn bars(bars: &[Bar<'_>]) -> String {
     let most = bars.iter().map(|bar| bar.most).fold(0.0, f64::max);
-    let x = |value: f64| LEFT + (RIGHT - LEFT) * if most > 0.0 { value.max(0.0) / most } else { 0.0 };
+    let left = left(bars.iter().map(|bar| bar.name));
+    let x = |value: f64| left + (RIGHT - left) * if most > 0.0 { value.max(0.0) / most } else { 0.0 };
     let mut svg = open(bars.len() as f64 * ROW);
     for (index, bar) in bars.iter().enumerate() {
         let top = index as f64 * ROW;
@@ -40,12 +47,12 @@ pub fn bars(bars: &[Bar<'_>]) -> String {
         name(&mut svg, bar.name, middle);
         let _ = write!(
             svg,
-            "<rect class={} x={LEFT} y={:.1} width={:.1} height={:.1} rx=3><title>{}: {} ({} to {})</title></rect>\
+            "<rect class={} x={left} y={:.1} width={:.1} height={:.1} rx=3><title>{}: {} ({} to {})</title></rect>\
              <line class=whisker x1={least:.1} x2={most:.1} y1={middle:.1} y2={middle:.1} />\
              <text x={:.1} y={:.1}>{}{ratio}</text>",
             bar.class,
             top + 4.0,
-            (end - LEFT).max(1.0),
+            (end - left).max(1.0),
             ROW - 8.0,
             escape(bar.name),
             number(bar.value),
@@ -65,7 +72,8 @@ pub fn spreads(spreads: &[Spread<'_>]) -> String {
     let lowest = values().fold(f64::INFINITY, f64::min).log10().floor();
     let highest = values().fold(1.0, f64::max).log10().ceil().max(lowest + 1.0);
     let right = WIDTH - 24.0;
-    let x = |value: f64| LEFT + (right - LEFT) * (value.max(0.1).log10() - lowest) / (highest - lowest);
+    let left = left(spreads.iter().map(|spread| spread.name));
+    let x = |value: f64| left + (right - left) * (value.max(0.1).log10() - lowest) / (highest - lowest);
     let height = spreads.len() as f64 * ROW;
     let mut svg = open(height + 16.0);
     for power in lowest as i32..=highest as i32 {

@@ -7,7 +7,7 @@ use std::io;
 
 use tokio::net::TcpStream;
 
-use super::{CLOSE, Codec, Pulled, alert, gather};
+use super::{CLOSE, Codec, OUR_KEY_UPDATE, Pulled, alert, gather, next_opener};
 use crate::tunnel::record::{ContentType, HEADER, RecordError, whole_record};
 use crate::tunnel::{Error, Violation, kernel};
 
@@ -43,23 +43,57 @@ impl Codec {
         kernel::receive_in_kernel(tunnel, self.opener.key())
     }
 
-    /// Fails once the kernel has used a key as often as its cipher allows, or the peer asks for a new one: kernels before
-    /// Linux 6.14 take none.
-    pub fn judge_kernel_key(&self, tunnel: &TcpStream) -> Result<(), Error> {
-        if self.key_update_owed {
-            return Err(Error::KeyInKernel);
-        }
-        match kernel::records_sent(tunnel, self.sealer.key())? {
-            sent if sent >= self.sealer.key().limit - kernel::RECORDS_BETWEEN_LOOKS => {
-                Err(RecordError::KeyExhausted.into())
+    /// How many calls that move data may follow before the kernel's record counter is looked at again. Makes a change of
+    /// the key due when its cipher's limit is near.
+    ///
+    /// # Errors
+    ///
+    /// When the limit is near and the kernel takes no other key, as those before Linux 6.14.
+    pub fn judge_kernel_key(&mut self, tunnel: &TcpStream) -> Result<u64, Error> {
+        let key = self.sealer.key();
+        let limit = match key.limit {
+            // ChaCha20-Poly1305 needs no other.
+            u64::MAX => u64::MAX,
+            limit if self.kernel_rekey => limit.min(self.rekey_after.saturating_mul(4)),
+            limit => limit,
+        };
+        let left = limit.saturating_sub(kernel::records_sent(tunnel, key)?);
+        if left < kernel::RECORDS_PER_CALL {
+            if !self.kernel_rekey {
+                return Err(RecordError::KeyExhausted.into());
             }
-            _ => Ok(()),
+            self.key_update_owed = true;
         }
+        Ok(left / kernel::RECORDS_PER_CALL)
     }
 
-    /// Whether the peer asked for a key that the kernel can't take.
+    /// Whether our next record must be a KeyUpdate: the peer asked for it, or our key is used up.
     pub fn key_update_owed(&self) -> bool {
-        self.key_update_owed
+        self.key_update_owed && !self.order.outbound_ended()
+    }
+
+    /// Sends a KeyUpdate and gives the kernel the key that is in force after it. `WouldBlock` where there is no room for
+    /// it yet.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel takes no other key; nothing may be sent after that.
+    pub fn change_key_in_kernel(&mut self, tunnel: &TcpStream) -> Result<io::Result<()>, Error> {
+        if !self.kernel_rekey {
+            return Err(Error::KeyInKernel);
+        }
+        if let Err(error) = kernel::send_control(tunnel, ContentType::Handshake as u8, &OUR_KEY_UPDATE) {
+            return Ok(Err(error));
+        }
+        self.sealer = self.schedule.next_sealer()?;
+        kernel::send_in_kernel(tunnel, self.sealer.key()).map_err(|_| Error::KeyInKernel)?;
+        self.key_update_owed = false;
+        Ok(Ok(()))
+    }
+
+    /// Data came that the kernel opened.
+    pub fn opened_in_kernel(&mut self) {
+        self.key_updates = 0;
     }
 
     /// Ends our direction, which the kernel seals.
@@ -77,10 +111,17 @@ impl Codec {
         match kind {
             kind if kind == ContentType::Alert as u8 => alert(content, &mut self.order),
             kind if kind == ContentType::Handshake as u8 => {
-                match gather(content, &mut self.schedule, &mut self.handshake)? {
-                    None => Ok(Pulled::Data),
-                    Some(_) => Err(Error::KeyInKernel),
+                let Some(requested) = gather(content, &mut self.schedule, &mut self.handshake)? else {
+                    return Ok(Pulled::Data);
+                };
+                if !self.kernel_rekey {
+                    return Err(Error::KeyInKernel);
                 }
+                // The kernel opens nothing more until it has the next key.
+                self.opener = next_opener(&mut self.key_updates, &mut self.schedule)?;
+                kernel::receive_in_kernel(tunnel, self.opener.key()).map_err(|_| Error::KeyInKernel)?;
+                self.key_update_owed |= requested;
+                Ok(Pulled::Data)
             }
             other => Err(Violation::Record(RecordError::InnerType(other)).into()),
         }

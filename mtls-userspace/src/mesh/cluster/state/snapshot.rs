@@ -41,6 +41,9 @@ impl State {
         if fresh.hosts {
             self.last.hosts = Arc::new(Hosts::new(self.hosts.values()));
         }
+        if fresh.callers {
+            self.last.calls = Arc::new(self.callers.calls());
+        }
         if !fresh.services.is_empty() {
             self.services_anew(fresh.services);
         }
