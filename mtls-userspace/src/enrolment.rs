@@ -17,7 +17,7 @@ use ipnet::IpNet;
 use crate::capture::{self, Capture, Enrolled};
 use crate::cni::{Admissions, Admitted};
 use crate::locate::{self, Locator, NetnsId, Place};
-use crate::mesh::{Mesh, Workload};
+use crate::mesh::{Addresses, Mesh, Workload};
 use crate::observe::{Enrolment as State, PodRow};
 use crate::policy::{Mode, PortModes};
 use crate::worker::{Command, Handle, LocalPods, Pod};
@@ -36,6 +36,8 @@ pub struct Enrolment {
     local: Arc<LocalPods>,
     /// Empty: capture exactly the addresses in the mesh.
     prefixes: Vec<IpNet>,
+    /// Whose addresses the kernel captures: a hundred thousand are not compared again as long as they are the same.
+    captured: Option<Addresses>,
     places: Places,
     admissions: Arc<Admissions>,
     pods: HashMap<String, Kept>,
@@ -92,6 +94,7 @@ impl Enrolment {
             workers,
             local,
             prefixes,
+            captured: None,
             pods: HashMap::new(),
             failed: BTreeMap::new(),
             swept: false,
@@ -113,6 +116,7 @@ impl Enrolment {
         if let Err(error) = self.capture.adopt_again() {
             tracing::error!(%error, "the kernel's state cannot be read");
         }
+        self.captured = None;
         self.stale = self.pods.keys().cloned().collect();
     }
 
@@ -215,11 +219,16 @@ impl Enrolment {
 
     /// What holds for the whole node: captured addresses, and whose processes are never trusted as kubelet is.
     fn fence(&mut self, mesh: &Mesh) {
-        let prefixes = if self.prefixes.is_empty() {
-            mesh.captured_addresses().into_iter().map(IpNet::from).collect()
+        let addresses = Some(mesh.addresses());
+        let captured = if self.captured == addresses {
+            Ok(())
+        } else if self.prefixes.is_empty() {
+            let all: Vec<IpNet> = mesh.captured_addresses().into_iter().map(IpNet::from).collect();
+            self.capture.set_captured(&all)
         } else {
-            self.prefixes.clone()
+            self.capture.set_captured(&self.prefixes)
         };
+        self.captured = addresses.filter(|_| captured.is_ok());
         // Beside a pod's cgroup are other pods' (kubepods.slice), also of pods this snapshot does not know yet.
         let cgroups: BTreeSet<PathBuf> = mesh
             .workloads
@@ -236,7 +245,7 @@ impl Enrolment {
             .collect();
         let cgroups: Vec<PathBuf> = cgroups.into_iter().collect();
         for (what, result) in [
-            ("captured addresses", self.capture.set_captured(&prefixes)),
+            ("captured addresses", captured),
             ("pods' cgroups", self.capture.set_untrusted_cgroups(&cgroups)),
         ] {
             if let Err(error) = result {

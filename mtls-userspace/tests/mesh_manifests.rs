@@ -9,14 +9,18 @@ fn settings() -> Settings {
 }
 
 fn refused(manifest: &str) -> String {
-    match Objects::from_yaml("a.yaml", manifest) {
+    match Objects::from_yaml("a.yaml", manifest, &settings()) {
         Err(error) => error.to_string(),
-        Ok(objects) => Mesh::build(&objects, &settings(), 1).unwrap_err().to_string(),
+        Ok(mut objects) => Mesh::build(&mut objects, &settings(), 1).unwrap_err().to_string(),
     }
 }
 
 fn accepted(manifest: &str) -> Objects {
-    Objects::from_yaml("a.yaml", manifest).unwrap()
+    Objects::from_yaml("a.yaml", manifest, &settings()).unwrap()
+}
+
+fn names(objects: &Objects) -> Vec<String> {
+    objects.heads().map(|(kind, key)| format!("{kind} {key}")).collect()
 }
 
 fn peer_authentication(spec: &str) -> String {
@@ -236,11 +240,15 @@ kind: Service
 metadata: {name: s}
 ",
     );
-    let names: Vec<_> = objects.pods.iter().map(|p| p.object.metadata.name.clone().unwrap()).collect();
-    assert_eq!(names, ["a", "b", "c"]);
-    assert_eq!(objects.services.len(), 1);
-    assert_eq!(objects.peer_authentications.len(), 1);
-    assert_eq!(objects.authorization_policies.len(), 1);
+    let expected = [
+        "Pod default/a",
+        "Pod default/b",
+        "Pod default/c",
+        "Service default/s",
+        "PeerAuthentication default/p",
+        "AuthorizationPolicy default/p",
+    ];
+    assert_eq!(names(&objects), expected);
 }
 
 #[test]
@@ -248,10 +256,11 @@ fn json_is_accepted_with_tabs_and_several_documents() {
     let objects = Objects::from_yaml(
         "a.json",
         "{\n\t\"apiVersion\": \"v1\",\n\t\"kind\": \"Pod\",\n\t\"metadata\": {\"name\": \"a\"}\n}\n{\"apiVersion\": \"v1\", \"kind\": \"Pod\", \"metadata\": {\"name\": \"b\"}}\n",
+        &settings(),
     )
     .unwrap();
-    assert_eq!(objects.pods.len(), 2);
-    let error = Objects::from_yaml("a.json", "{\"apiVersion\": ").unwrap_err().to_string();
+    assert_eq!(names(&objects), ["Pod default/a", "Pod default/b"]);
+    let error = Objects::from_yaml("a.json", "{\"apiVersion\": ", &settings()).unwrap_err().to_string();
     assert_eq!(
         error,
         "a.json, document 1: not valid YAML or JSON: EOF while parsing a value at line 1 column 15; correct the syntax"
@@ -273,7 +282,7 @@ proptest::proptest! {
              {{apiVersion: security.istio.io/v1, kind: AuthorizationPolicy, metadata: {{name: p}}, spec: {{rules: \
              [{{from: [{{source: {{ipBlocks: ['{block}'], principals: ['{block}'], serviceAccounts: ['{block}']}}}}]}}]}}}}\n---\n{after}\n"
         );
-        if let Err(error) = Objects::from_yaml("a.yaml", &manifest) {
+        if let Err(error) = Objects::from_yaml("a.yaml", &manifest, &settings()) {
             let error = error.to_string();
             proptest::prop_assert!(error.contains("a.yaml, document "), "{}", error);
         }

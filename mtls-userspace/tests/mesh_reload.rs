@@ -129,6 +129,101 @@ fn a_broken_file_put_back_as_it_was_is_no_change() {
 }
 
 #[test]
+fn a_change_that_keeps_size_and_time_of_a_file_is_noticed() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("mesh.yaml");
+    fs::write(&path, pod("a", "10.0.0.1")).unwrap();
+    let written = fs::metadata(&path).unwrap().modified().unwrap();
+    let source = follow(directory.path());
+    // A file's times are believed when it is read again a while after it was written.
+    std::thread::sleep(Duration::from_secs(3));
+    fs::write(directory.path().join("other.yaml"), mode("STRICT")).unwrap();
+    soon("the policy", || source.current().generation == 2);
+    let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    std::io::Write::write_all(&mut &file, pod("b", "10.0.0.2").as_bytes()).unwrap();
+    file.set_modified(written).unwrap();
+    drop(file);
+    soon("the other pod", || names(&source.current()) == ["shop/b"]);
+}
+
+#[test]
+fn files_contradict_each_other_however_long_ago_one_was_read() {
+    let directory = TempDir::new().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    fs::write(at("a.yaml"), pod("a", "10.0.0.1")).unwrap();
+    let source = follow(directory.path());
+    fs::write(at("b.yaml"), pod("b", "10.0.0.2") + &pod("a", "10.0.0.3")).unwrap();
+    soon("the error", || source.last_error().is_some());
+    let expected = format!(
+        "Pod shop/a is defined twice: {}, document 1; and {}, document 2; remove one of them",
+        at("a.yaml").display(),
+        at("b.yaml").display()
+    );
+    assert_eq!(source.last_error().unwrap(), expected);
+    fs::remove_file(at("a.yaml")).unwrap();
+    soon("the second one alone", || names(&source.current()) == ["shop/b", "shop/a"]);
+    assert_eq!(source.last_error(), None);
+}
+
+#[test]
+fn what_changed_while_a_file_was_broken_is_in_force_with_its_correction() {
+    let directory = TempDir::new().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    fs::write(at("a.yaml"), pod("a", "10.0.0.1")).unwrap();
+    fs::write(at("b.yaml"), mode("PERMISSIVE")).unwrap();
+    let source = follow(directory.path());
+    fs::write(at("b.yaml"), mode("STRIKT")).unwrap();
+    soon("the error", || source.last_error().is_some());
+    fs::write(at("c.yaml"), pod("c", "10.0.0.3")).unwrap();
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(names(&source.current()), ["shop/a"], "nothing of a state that is broken");
+    fs::write(at("b.yaml"), mode("STRICT")).unwrap();
+    soon("the new pod", || names(&source.current()) == ["shop/a", "shop/c"]);
+    let mesh = source.current();
+    assert!(mesh.workloads.iter().all(|workload| mesh.policies.mode(workload, 80) == Mode::Strict));
+}
+
+#[test]
+fn a_change_reaches_what_other_files_say() {
+    let directory = TempDir::new().unwrap();
+    let write = |name: &str, text: &str| fs::write(directory.path().join(name), text).unwrap();
+    let namespace = |dataplane: &str| {
+        format!(
+            "{{apiVersion: v1, kind: Namespace, metadata: {{name: shop, labels: {{istio.io/dataplane-mode: {dataplane}}}}}}}"
+        )
+    };
+    let web = |ip: &str| {
+        format!(
+            "{{apiVersion: v1, kind: Pod, metadata: {{name: web, namespace: shop, labels: {{app: web}}}}, status: {{podIP: {ip}}}}}"
+        )
+    };
+    write("namespace.yaml", &namespace("none"));
+    write("pod.yaml", &web("10.0.0.1"));
+    write(
+        "service.yaml",
+        "{apiVersion: v1, kind: Service, metadata: {name: web, namespace: shop}, \
+         spec: {clusterIP: 10.96.0.1, selector: {app: web}, ports: [{port: 80}]}}",
+    );
+    let source = follow(directory.path());
+    let endpoint =
+        |mesh: &Mesh| mesh.served("10.96.0.1:80".parse().unwrap()).unwrap().endpoints[0].0.to_string();
+    assert!(!source.current().workloads[0].enrolled);
+    assert_eq!(endpoint(&source.current()), "10.0.0.1:80");
+
+    write("namespace.yaml", &namespace("ambient"));
+    soon("the pod enrolled", || source.current().workloads[0].enrolled);
+    write("pod.yaml", &web("10.0.0.2"));
+    soon("the Service leads to the pod's new address", || endpoint(&source.current()) == "10.0.0.2:80");
+
+    let before = source.current();
+    write("policy.yaml", &mode("STRICT"));
+    soon("the policy", || source.current().generation > before.generation);
+    let after = source.current();
+    assert!(Arc::ptr_eq(&before.workloads, &after.workloads), "a policy makes no pod anew");
+    assert_eq!(after.policies.mode(&after.workloads[0], 80), Mode::Strict);
+}
+
+#[test]
 fn a_file_is_not_read_half_written() {
     use std::io::Write;
     let directory = TempDir::new().unwrap();

@@ -13,11 +13,14 @@ fn settings() -> Settings {
 }
 
 fn mesh(manifests: &str) -> Mesh {
-    Mesh::build(&Objects::from_yaml("mesh.yaml", manifests).unwrap(), &settings(), 1).unwrap()
+    Mesh::build(&mut Objects::from_yaml("mesh.yaml", manifests, &settings()).unwrap(), &settings(), 1)
+        .unwrap()
 }
 
 fn refusal(manifests: &str) -> String {
-    Mesh::build(&Objects::from_yaml("mesh.yaml", manifests).unwrap(), &settings(), 1).unwrap_err().to_string()
+    Mesh::build(&mut Objects::from_yaml("mesh.yaml", manifests, &settings()).unwrap(), &settings(), 1)
+        .unwrap_err()
+        .to_string()
 }
 
 /// What a connection from a pod on node `one` reaches, in words.

@@ -5,10 +5,13 @@
 use mtls::mesh::{Mesh, Objects, Settings};
 use mtls::policy::Mode::{self, Disable, Permissive, Strict};
 
+fn settings() -> Settings {
+    Settings { trust_domain: "cluster.local".parse().unwrap(), root_namespace: "istio-system".into() }
+}
+
 fn mesh(policies: &str) -> Mesh {
-    let settings =
-        Settings { trust_domain: "cluster.local".parse().unwrap(), root_namespace: "istio-system".into() };
-    Mesh::build(&Objects::from_yaml("p.yaml", &format!("{PODS}{policies}")).unwrap(), &settings, 1).unwrap()
+    let text = format!("{PODS}{policies}");
+    Mesh::build(&mut Objects::from_yaml("p.yaml", &text, &settings()).unwrap(), &settings(), 1).unwrap()
 }
 
 const PODS: &str = "
@@ -357,7 +360,7 @@ fn a_dry_run_is_checked_like_any_other_policy() {
     let dry = ", annotations: {istio.io/dry-run: 'true'}";
     let refused = |metadata: &str, spec: &str| {
         let text = policy("shop", "trial", metadata, spec);
-        Objects::from_yaml("p.yaml", &text).unwrap_err().to_string()
+        Objects::from_yaml("p.yaml", &text, &settings()).unwrap_err().to_string()
     };
     let error = refused(dry, "{portLevelMtls: {80: {mode: STRICT}}}");
     assert!(error.contains("portLevelMtls needs a selector"), "{error}");

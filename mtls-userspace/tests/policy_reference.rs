@@ -330,7 +330,8 @@ fn in_block(block: &str, address: IpAddr) -> bool {
 
 fn mesh(policies: &[Policy]) -> Mesh {
     let settings = Settings { trust_domain: "td".parse().unwrap(), root_namespace: ROOT.into() };
-    Mesh::build(&Objects::from_yaml("p.json", &manifests(policies)).unwrap(), &settings, 1).unwrap()
+    Mesh::build(&mut Objects::from_yaml("p.json", &manifests(policies), &settings).unwrap(), &settings, 1)
+        .unwrap()
 }
 
 /// The engine's answers: what it enforces, and what it would with dry-run policies.

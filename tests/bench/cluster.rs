@@ -96,7 +96,7 @@ fn measure(lab: &Lab, agent: &mut Agent, client: &Pod, server: &Pod, pods: usize
 }
 
 /// CPU seconds of a process so far.
-fn cpu(pid: u32) -> Result<f64> {
+pub fn cpu(pid: u32) -> Result<f64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // The second field is the name, in parentheses, and may contain spaces.
     let fields: Vec<&str> = stat.rsplit_once(')').context("no stat")?.1.split_whitespace().collect();
@@ -105,7 +105,7 @@ fn cpu(pid: u32) -> Result<f64> {
 }
 
 /// The most memory a process had, in bytes.
-fn peak(pid: u32) -> Result<u64> {
+pub fn peak(pid: u32) -> Result<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("no VmHWM")?;
     Ok(line.trim().trim_end_matches(" kB").trim().parse::<u64>()? * 1024)

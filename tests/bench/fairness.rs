@@ -21,19 +21,32 @@ pub fn workload() -> &'static Workload {
 /// What the neighbour does meanwhile.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Neighbour {
-    Greedy,
+    Nothing,
+    /// So many bulk streams.
+    Greedy(usize),
     GreedyAmongIdle,
 }
 
-pub const NEIGHBOURS: [Neighbour; 2] = [Neighbour::Greedy, Neighbour::GreedyAmongIdle];
+pub const NEIGHBOURS: [Neighbour; 4] =
+    [Neighbour::Nothing, Neighbour::Greedy(1), Neighbour::Greedy(8), Neighbour::GreedyAmongIdle];
 
 impl Neighbour {
     pub fn workload(self, idle: usize) -> String {
         match self {
-            Self::Greedy => "1000 requests/s beside another pod's bulk stream".into(),
+            Self::Nothing => "1000 requests/s alone".into(),
+            Self::Greedy(1) => "1000 requests/s beside another pod's bulk stream".into(),
+            Self::Greedy(streams) => format!("1000 requests/s beside another pod's {streams} bulk streams"),
             Self::GreedyAmongIdle => {
                 format!("1000 requests/s beside another pod's bulk stream and {idle} idle connections")
             }
+        }
+    }
+
+    fn streams(self) -> usize {
+        match self {
+            Self::Nothing => 0,
+            Self::Greedy(streams) => streams,
+            Self::GreedyAmongIdle => 1,
         }
     }
 }
@@ -41,22 +54,31 @@ impl Neighbour {
 /// Measures `way` while the pods of `greedy`, on the same nodes, are at work.
 pub fn beside(way: &Way, greedy: &Way, neighbour: Neighbour, idle: usize, args: &Args) -> Result<Measured> {
     let holder = match neighbour {
-        Neighbour::Greedy => None,
         Neighbour::GreedyAmongIdle => Some(measure::hold(greedy, idle)?),
+        Neighbour::Nothing | Neighbour::Greedy(_) => None,
     };
-    let mut command = greedy.client.command(mtls()?);
-    let seconds = args.seconds() * args.attempts() as f64 + 5.0;
-    command.args(["bench", "client", "--workload", "upload", "--to", &greedy.address.to_string()]);
-    command.args(["--seconds", &seconds.to_string()]).stdin(Stdio::null());
-    let mut bulk = Running::start(command)?;
+    let mut bulk = match neighbour.streams() {
+        0 => None,
+        streams => Some(start(greedy, streams, args)?),
+    };
     std::thread::sleep(Duration::from_millis(300));
     let mut measured = measure::load(way, workload(), args)?;
     // The agents work for the neighbour too: what that costs isn't this load's.
     measured.figures.retain(|(metric, _)| !metric.unit.starts_with("s/"));
-    anyhow::ensure!(bulk.alive(), "the greedy stream ended too early");
+    anyhow::ensure!(bulk.as_mut().is_none_or(Running::alive), "the greedy streams ended too early");
     drop(bulk);
     if let Some(holder) = holder {
         holder.finish()?.success().context("idle connections were lost")?;
     }
     Ok(measured)
+}
+
+/// Streams that outlast every attempt at a measurement.
+fn start(greedy: &Way, streams: usize, args: &Args) -> Result<Running> {
+    let mut command = greedy.client.command(mtls()?);
+    let seconds = args.seconds() * args.attempts() as f64 + 5.0;
+    command.args(["bench", "client", "--workload", "upload", "--to", &greedy.address.to_string()]);
+    command.args(["--connections", &streams.to_string()]);
+    command.args(["--seconds", &seconds.to_string()]).stdin(Stdio::null());
+    Running::start(command)
 }

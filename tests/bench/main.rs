@@ -138,12 +138,15 @@ fn note(
     }
 }
 
-/// Ways that have neighbours, with them.
+/// Ways whose agents serve others beside them, with those. A peer's proxies stand beside one pod each: there it is that
+/// pod itself that is greedy.
 fn pairs(world: &World) -> impl Iterator<Item = (&Way, &Way)> {
-    world.neighbours.iter().filter_map(|greedy| {
+    let neighbours = world.neighbours.iter().filter_map(|greedy| {
         let way = world.ways.iter().find(|way| way.name.path == greedy.name.path)?;
         Some((way, greedy))
-    })
+    });
+    let peers = world.ways.iter().filter(|way| matches!(way.carrier, Carrier::Peer(_)));
+    neighbours.chain(peers.map(|way| (way, way)))
 }
 
 fn neighbours(world: &World, args: &Args, results: &mut Results, progress: &mut Progress) {

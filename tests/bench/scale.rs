@@ -7,11 +7,12 @@ use std::fs;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use mtls::results::{Compared, Environment, Figures, Metric, Progress, Results};
-use mtls_tests::{Lab, Mesh, Options, Pod, Running, mtls};
+use mtls_tests::{Agent, Lab, Mesh, Options, Pod, Running, mtls};
 use serde_json::{Value, json};
 
+use crate::cluster::{cpu, peak};
 use crate::kernel;
 use crate::world::PORT;
 
@@ -21,6 +22,8 @@ const SERVICES: usize = 10_000;
 const FILE: usize = 1000;
 /// A hundred thousand workloads are read from YAML, on a machine that may be busy.
 const PATIENCE: Duration = Duration::from_secs(600);
+/// Three times as long as the longest time between two looks at the directory.
+const AT_REST: Duration = Duration::from_secs(15);
 
 const fn metric(name: &'static str, unit: &'static str) -> Metric {
     Metric { name, unit, higher_is_better: false }
@@ -37,7 +40,7 @@ pub fn run(sizes: &[usize], results: &mut Results) -> Result<Environment> {
         environment = crate::world::environment(&client)?;
         let mut mesh = Mesh::start_with(&lab, &Options::default())?;
         generate(&lab, *size)?;
-        let figures = measure(&lab, &mut mesh, &client, &server, &vip.to_string());
+        let figures = measure(&lab, &mut mesh, (&client, &server), &vip.to_string(), *size);
         let path = format!("mtls, {size} workloads, {} services", services(*size));
         let path = Compared { path, baseline: None };
         crate::note(results, &mut progress, &path, "a growing mesh", figures, 0.0);
@@ -49,7 +52,13 @@ fn services(workloads: usize) -> usize {
     workloads.min(SERVICES)
 }
 
-fn measure(lab: &Lab, mesh: &mut Mesh, client: &Pod, server: &Arc<Pod>, vip: &str) -> Result<Figures> {
+fn measure(
+    lab: &Lab,
+    mesh: &mut Mesh,
+    (client, server): (&Pod, &Arc<Pod>),
+    vip: &str,
+    size: usize,
+) -> Result<Figures> {
     let binary = mtls()?.to_string_lossy().into_owned();
     let _server = server.spawn(&binary, &["bench", "server"])?;
     let agent = mesh.agent("node-a");
@@ -95,8 +104,38 @@ fn measure(lab: &Lab, mesh: &mut Mesh, client: &Pod, server: &Arc<Pod>, vip: &st
     lab.remove_file("authorizationpolicy-shop-nobody.yaml")?;
     until(client, &address, true)?;
     figures.push((metric("policy removed to passage", "s"), begun.elapsed().as_secs_f64()));
+    let begun = Instant::now();
+    lab.endpoints("server", &[], &json!(PORT))?;
+    until(client, vip, false)?;
+    figures.push((metric("endpoint gone to refusal", "s"), begun.elapsed().as_secs_f64()));
+    figures.push((metric("1000 pods changed, in force", "s"), pods_changed(lab, agent, size)?));
     figures.push((metric("agent's memory afterwards", "MB"), agent.resident_bytes()? as f64 / 1e6));
+    figures.push((metric("at most", "MB"), peak(pid)? as f64 / 1e6));
+    let (before, begun) = (cpu(pid)?, Instant::now());
+    std::thread::sleep(AT_REST);
+    figures.push((
+        metric("CPU at rest", "% of a core"),
+        100.0 * (cpu(pid)? - before) / begun.elapsed().as_secs_f64(),
+    ));
     Ok(figures)
+}
+
+/// Writes one file of pods anew, with another label, and waits until that is the mesh.
+fn pods_changed(lab: &Lab, agent: &Agent, size: usize) -> Result<f64> {
+    let generation = || agent.metrics().map(|metrics| metrics.sum("mtls_mesh_generation", &[]));
+    let before = generation()?;
+    let changed = (0..size.min(FILE)).map(|number| {
+        let mut pod = pod(number);
+        pod["metadata"]["labels"]["version"] = "v2".into();
+        pod.to_string()
+    });
+    let text = changed.collect::<Vec<_>>().join("\n---\n");
+    let begun = Instant::now();
+    lab.write_text("generated-pods-0.yaml", &text)?;
+    while generation()? <= before {
+        ensure!(begun.elapsed() < PATIENCE, "changed pods are not in force after {PATIENCE:?}");
+    }
+    Ok(begun.elapsed().as_secs_f64())
 }
 
 pub fn without_prefixes(args: &mut Vec<String>) {

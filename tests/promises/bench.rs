@@ -40,8 +40,8 @@ fn a_short_run_leaves_records_and_a_page_for_every_path() -> Result<()> {
         let workloads: BTreeSet<&str> = of_path.iter().filter_map(|r| r["workload"].as_str()).collect();
         let plain = path.starts_with("plain");
         // Ten loads and a first connection; memory of idle connections and the kernel half where there are agents;
-        // neighbours between nodes.
-        let expected = 11 + 2 * usize::from(!plain) + 2 * usize::from(["plain", "mtls"].contains(&path));
+        // four neighbours between nodes.
+        let expected = 11 + 2 * usize::from(!plain) + 4 * usize::from(["plain", "mtls"].contains(&path));
         assert_eq!(workloads.len(), expected, "{path}: {workloads:?}");
         for record in &of_path {
             let number = |key: &str| record[key].as_f64().with_context(|| format!("no {key}: {record}"));

@@ -88,7 +88,8 @@ impl Capture {
             return Ok(());
         }
         // More first: a prefix that only changes its length is captured all the time.
-        for &net in wanted.difference(&captured.clone()) {
+        let added: Vec<IpNet> = wanted.difference(captured).copied().collect();
+        for net in added {
             match net {
                 IpNet::V4(v4) => {
                     control.captured4.insert(&key4(v4), 1, 0).map_err(on(map::CAPTURED4, "writing"))?

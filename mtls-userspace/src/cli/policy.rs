@@ -14,7 +14,7 @@ use super::{Output, policies, printable};
 use crate::config::SameNode;
 use crate::explain::{self, EndRow, Explanation, ModeRow};
 use crate::identity::TrustDomain;
-use crate::mesh::{self, Finding, Mesh, Objects, Severity};
+use crate::mesh::{self, Finding, Mesh, Severity};
 
 #[derive(clap::Args, Debug)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -146,8 +146,7 @@ impl Check {
 
 impl Explain {
     fn run(self, out: &mut impl Write) -> anyhow::Result<()> {
-        let objects = Objects::from_directory(&self.manifests)?;
-        let mesh = Mesh::build(&objects, &self.view.settings(), 0)?;
+        let mesh = Mesh::from_directory(&self.manifests, &self.view.settings())?;
         let setting = explain::Setting { prefixes: self.mesh_prefix, same_node: self.same_node };
         let explained = explain::explain(&mesh, &setting, &self.from, &self.to, self.port)
             .with_context(|| format!("cannot explain {} to {} port {}", self.from, self.to, self.port))?;

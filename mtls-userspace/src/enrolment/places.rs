@@ -53,7 +53,7 @@ impl Places {
     pub fn of(&mut self, workload: &Workload, admitted: Option<&Admitted>) -> Result<Option<Place>, Error> {
         if let Some(netns) = &workload.netns {
             if let Some(path) = workload.cgroup.as_ref().filter(|path| !path.is_dir()) {
-                return Err(Error::NoCgroup { path: path.clone() });
+                return Err(Error::NoCgroup { path: path.to_path_buf() });
             }
             return Ok(Some(Place::told(netns, workload.cgroup.as_deref())?));
         }

@@ -7,12 +7,12 @@ use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use serde::Serialize;
 
 use super::error::{Error, Place};
-use super::manifests::Files;
-use super::objects::{Objects, called};
+use super::files::Files;
+use super::objects::{Concerned, Objects, Spot, duplicates};
+use super::parts::Parts;
 use super::{Mesh, Settings, Warning};
 
 /// One remark on the manifests.
@@ -47,11 +47,20 @@ pub enum Severity {
 ///
 /// When the directory can't be read at all.
 pub fn check(directory: &Path, settings: &Settings) -> Result<Vec<Finding>, Error> {
-    let (objects, errors) = Files::read(directory)?.understood();
+    let mut files = Files::default();
+    files.refresh(directory, settings)?;
+    let (mut objects, mut errors) = files.understood();
+    let duplicates = duplicates(objects.iter(), Concerned::ALL);
+    for place in duplicates.iter().filter_map(Error::place) {
+        let file = objects.iter_mut().find(|file| file.source == place.source);
+        file.into_iter().for_each(|file| file.remove(Spot { document: place.document, item: place.item }));
+    }
+    errors.extend(duplicates);
     let mut findings: Vec<Finding> = errors.iter().map(Finding::error).collect();
     let complete = findings.is_empty();
-    match Mesh::build(&objects, settings, 0) {
-        Ok(mesh) => findings.extend(warnings(&mesh, &objects, complete)),
+    let mut all: Vec<&mut Objects> = objects.iter_mut().collect();
+    match Parts::default().anew(&mut all, Concerned::ALL, settings) {
+        Ok(parts) => findings.extend(warnings(&parts.mesh(0), &objects, complete)),
         Err(error) => findings.push(Finding::error(&error)),
     }
     findings.sort_by(|a, b| {
@@ -61,7 +70,7 @@ pub fn check(directory: &Path, settings: &Settings) -> Result<Vec<Finding>, Erro
     Ok(findings)
 }
 
-fn warnings(mesh: &Mesh, objects: &Objects, complete: bool) -> Vec<Finding> {
+fn warnings(mesh: &Mesh, objects: &[Objects], complete: bool) -> Vec<Finding> {
     let places = places(objects);
     let policies = mesh.policies.warnings().iter();
     // A pod that could not be read may be the one that a policy selects.
@@ -81,15 +90,11 @@ fn warnings(mesh: &Mesh, objects: &Objects, complete: bool) -> Vec<Finding> {
 }
 
 /// Where each object that a warning can name was read.
-fn places(objects: &Objects) -> HashMap<String, &Place> {
-    let at = |kind: &str, metadata: &ObjectMeta| called(kind, metadata);
-    let pods = objects.pods.iter().map(|p| (at("Pod", &p.object.metadata), &p.place));
-    let services = objects.services.iter().map(|p| (at("Service", &p.object.metadata), &p.place));
-    let modes = objects.peer_authentications.iter();
-    let modes = modes.map(|p| (at("PeerAuthentication", &p.object.metadata), &p.place));
-    let rules = objects.authorization_policies.iter();
-    let rules = rules.map(|p| (at("AuthorizationPolicy", &p.object.metadata), &p.place));
-    pods.chain(services).chain(modes).chain(rules).collect()
+fn places(objects: &[Objects]) -> HashMap<String, Place> {
+    let of = |file: &Objects| {
+        file.placed().map(|(kind, key, place)| (key.called(kind), place)).collect::<Vec<_>>()
+    };
+    objects.iter().flat_map(of).collect()
 }
 
 impl Finding {
@@ -108,7 +113,7 @@ impl Finding {
 
     fn remark(
         severity: Severity,
-        places: &HashMap<String, &Place>,
+        places: &HashMap<String, Place>,
         object: String,
         field: String,
         problem: &dyn fmt::Display,

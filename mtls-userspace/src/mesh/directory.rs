@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 use notify::event::{AccessKind, AccessMode, EventKind, ModifyKind};
 use notify::{RecommendedWatcher, RecursiveMode, Watcher};
 
-use super::manifests::Files;
+use super::files::Files;
+use super::parts::Parts;
 use super::source::Shared;
-use super::{Error, Mesh, Settings};
+use super::{Error, Settings};
 
 /// Changes come in groups; wait until none came for this long.
 const QUIET: Duration = Duration::from_millis(50);
@@ -35,24 +36,26 @@ pub(super) fn follow(directory: PathBuf, settings: Settings) -> Result<(Arc<Shar
         watch: Watch::new(&directory, send.clone()),
         directory,
         settings,
+        files: Files::default(),
+        parts: Parts::default(),
         accepted: Vec::new(),
         refused: None,
     };
     // Watching began before this, so that no change can fall between.
-    let files = follower.read()?;
-    let mesh = Mesh::build(&files.objects()?, &follower.settings, 1)?;
-    if files.is_empty() {
+    follower.read()?;
+    let parts = follower.files.parts(&follower.parts, &follower.settings)?;
+    if follower.files.is_empty() {
         tracing::warn!(directory = %follower.directory.display(), "no manifest yet; the mesh is empty");
     }
-    follower.accepted = files.digest();
-    let shared = Shared::new(mesh);
+    let shared = Shared::new(parts.mesh(1));
+    follower.accept(parts);
     let directory = follower.directory.clone();
     let following = {
         let shared = shared.clone();
         let builder = thread::Builder::new().name("mtls-manifests".to_owned());
         builder.spawn(move || follower.follow(&receive, &shared))
     };
-    let thread = following.map_err(|source| Error::Thread { directory, source })?;
+    let thread = following.map_err(|source| Error::Thread { directory, source: Arc::new(source) })?;
     Ok((shared, Watching { stop: send, thread: Some(thread) }))
 }
 
@@ -82,7 +85,9 @@ struct Follower {
     directory: PathBuf,
     settings: Settings,
     watch: Watch,
-    /// Digest of the files in force.
+    files: Files,
+    /// What is in force, and the digest of the files that say so.
+    parts: Parts,
     accepted: Vec<u8>,
     /// What was last reported as an error, so that a rescan does not repeat it.
     refused: Option<String>,
@@ -122,26 +127,32 @@ impl Follower {
     }
 
     fn load(&mut self, shared: &Shared) -> Result<(), Error> {
-        let files = self.read()?;
-        let digest = files.digest();
-        if digest == self.accepted {
+        self.read()?;
+        if self.files.digest() == self.accepted {
+            self.files.accept();
             return Ok(());
         }
         let before = shared.current();
         // An unmounted or half-copied directory must not turn everything into plaintext.
-        if files.is_empty() && !before.workloads.is_empty() {
+        if self.files.is_empty() && !before.workloads.is_empty() {
             return Err(Error::Emptied { directory: self.directory.clone() });
         }
-        let mesh = Mesh::build(&files.objects()?, &self.settings, before.generation + 1)?;
-        self.accepted = digest;
-        shared.publish(mesh);
+        let parts = self.files.parts(&self.parts, &self.settings)?;
+        shared.publish(parts.mesh(before.generation + 1));
+        self.accept(parts);
         Ok(())
     }
 
-    fn read(&self) -> Result<Files, Error> {
+    fn accept(&mut self, parts: Parts) {
+        self.accepted = self.files.digest();
+        self.files.accept();
+        self.parts = parts;
+    }
+
+    fn read(&mut self) -> Result<(), Error> {
         let mut attempt = 1;
         loop {
-            match Files::read(&self.directory) {
+            match self.files.refresh(&self.directory, &self.settings) {
                 Err(Error::Read { source, .. })
                     if source.kind() == io::ErrorKind::NotFound && attempt < READ_ATTEMPTS =>
                 {

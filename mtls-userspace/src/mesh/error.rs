@@ -32,7 +32,7 @@ impl fmt::Display for Place {
 }
 
 /// Every variant but the last two is the manifests' fault; correcting the named place is picked up by itself.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     #[error("{place}: not valid YAML or JSON: {problem}; correct the syntax")]
     Syntax { place: Place, problem: String },
@@ -75,9 +75,9 @@ pub enum Error {
     #[error("{path} is nested too deeply or links to itself; keep manifests within {limit} levels", path = path.display())]
     TooDeep { path: PathBuf, limit: usize },
     #[error("cannot read manifests from {path}: {source}; the path must exist and be readable", path = path.display())]
-    Read { path: PathBuf, source: std::io::Error },
+    Read { path: PathBuf, source: Arc<std::io::Error> },
     #[error("cannot start the thread that watches {directory}: {source}", directory = directory.display())]
-    Thread { directory: PathBuf, source: std::io::Error },
+    Thread { directory: PathBuf, source: Arc<std::io::Error> },
 }
 
 impl Error {

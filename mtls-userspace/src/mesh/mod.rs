@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
@@ -20,10 +20,12 @@ mod check;
 mod cluster;
 mod directory;
 mod error;
+mod files;
 mod hosts;
 mod interner;
 mod manifests;
 mod objects;
+mod parts;
 mod pod;
 mod server_calls;
 mod service;
@@ -32,7 +34,7 @@ mod vip;
 
 pub use check::{Finding, Severity, check};
 pub use error::{Error, InvalidAddress, NoObject, Place};
-pub use objects::{Objects, Placed};
+pub use objects::{Key, Objects};
 pub use source::{Scope, Source};
 
 pub use hosts::NodeName;
@@ -41,8 +43,10 @@ pub use server_calls::ServerCall;
 pub use service::ServedPort;
 pub use vip::Health;
 
-use hosts::{Host, Hosts};
-use interner::Interner;
+use files::Files;
+use hosts::Hosts;
+use objects::Concerned;
+use parts::Parts;
 use server_calls::ServerCalls;
 use service::Services;
 use vip::{Endpoint, Vantage, Vip};
@@ -78,9 +82,9 @@ pub struct Workload {
     /// (name, port) of each TCP container port.
     pub ports: Vec<(Option<Arc<str>>, u16)>,
     /// From the annotation `mtls.dev/netns`: path of the pod's network namespace.
-    pub netns: Option<PathBuf>,
+    pub netns: Option<Box<Path>>,
     /// From the annotation `mtls.dev/cgroup`: path of the pod's cgroup2 directory.
-    pub cgroup: Option<PathBuf>,
+    pub cgroup: Option<Box<Path>>,
 }
 
 impl Workload {
@@ -123,37 +127,19 @@ impl Mesh {
     /// # Errors
     ///
     /// The first object that contradicts itself or another, with the place it was read.
-    pub fn build(objects: &Objects, settings: &Settings, generation: u64) -> Result<Self, Error> {
-        let mut warnings = Vec::new();
-        let mut interner = Interner::default();
-        let pods = pod::live_pods(objects, settings, &mut interner, &mut warnings)?;
-        let by_address: HashMap<IpAddr, Arc<Workload>> = pods
-            .iter()
-            .filter(|pod| !pod.host_network)
-            .flat_map(|pod| pod.workload.addresses.iter().map(|address| (*address, pod.workload.clone())))
-            .collect();
-        let services = Services::new(objects, &pods, &mut interner, &mut warnings)?;
-        let starting = pod::starting_pods(objects, settings, &mut interner)?;
-        let hosts: Vec<Host> =
-            objects.nodes.iter().map(|placed| Host::read(&placed.object, &mut interner)).collect();
-        let workloads: Vec<Arc<Workload>> = pods.into_iter().map(|pod| pod.workload).collect();
-        let policies = Policies::new(
-            objects.peer_authentications.iter().map(|placed| &placed.object),
-            objects.authorization_policies.iter().map(|placed| &placed.object),
-            &workloads,
-            &settings.root_namespace,
-        );
-        Ok(Self {
-            generation,
-            workloads: Arc::new(workloads),
-            starting: Arc::new(starting),
-            policies: Arc::new(policies),
-            by_address: Arc::new(by_address),
-            services: Arc::new(services),
-            hosts: Arc::new(Hosts::new(hosts.iter())),
-            server_calls: Arc::default(),
-            warnings,
-        })
+    pub fn build(objects: &mut Objects, settings: &Settings, generation: u64) -> Result<Self, Error> {
+        Ok(Parts::default().anew(&mut [objects], Concerned::ALL, settings)?.mesh(generation))
+    }
+
+    /// Reads every manifest of a directory, once.
+    ///
+    /// # Errors
+    ///
+    /// The first thing in it that can't be read or understood.
+    pub fn from_directory(directory: &Path, settings: &Settings) -> Result<Self, Error> {
+        let mut files = Files::default();
+        files.refresh(directory, settings)?;
+        Ok(files.parts(&Parts::default(), settings)?.mesh(0))
     }
 
     /// The workload that owns an address, enrolled or not. Pods on the host network own none: the node's address
@@ -269,6 +255,11 @@ impl Mesh {
         addresses
     }
 
+    /// What [`Self::captured_addresses`] depends on.
+    pub fn addresses(&self) -> Addresses {
+        Addresses { workloads: self.by_address.clone(), services: self.services.clone() }
+    }
+
     /// Enrolled workloads on a node.
     pub fn enrolled_on<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a Arc<Workload>> {
         self.workloads.iter().filter(move |w| w.enrolled && w.node.as_deref() == Some(node))
@@ -293,6 +284,19 @@ impl Mesh {
     /// What in the objects is not honoured as written. Policies have their own: [`Policies::warnings`].
     pub fn warnings(&self) -> &[Warning] {
         &self.warnings
+    }
+}
+
+/// Who has which address: equal only to that of snapshots that share it.
+#[derive(Clone, Debug)]
+pub struct Addresses {
+    workloads: Arc<HashMap<IpAddr, Arc<Workload>>>,
+    services: Arc<Services>,
+}
+
+impl PartialEq for Addresses {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.workloads, &other.workloads) && Arc::ptr_eq(&self.services, &other.services)
     }
 }
 

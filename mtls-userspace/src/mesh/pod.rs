@@ -1,18 +1,19 @@
 //! Pods: manifests in, [`Workload`]s out. Decides who is enrolled and which pod owns an address.
 
+use std::cmp::Ordering;
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
 use k8s_openapi::api::core::v1::{Container, Pod};
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
-use k8s_openapi::jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 
 use super::error::{Error, InvalidAddress};
 use super::interner::Interner;
-use super::objects::{Objects, Placed, called, namespace};
+use super::objects::{Key, Objects, Placed, Stripped, called, namespace};
+use super::vip::Readiness;
 use super::{Settings, Warning, Workload};
 
 /// Namespace and pod label that enrols: `ambient`. On a pod, `none` opts out.
@@ -23,67 +24,127 @@ const STATIC: &str = "kubernetes.io/config.mirror";
 const NETNS: &str = "mtls.dev/netns";
 const CGROUP: &str = "mtls.dev/cgroup";
 
-/// A pod that is in the mesh's view, with what only building the mesh needs.
-pub(super) struct LivePod<'a> {
-    pub workload: Arc<Workload>,
-    pub pod: &'a Pod,
-    /// Its addresses are the node's, and say nothing about who owns a connection.
-    pub host_network: bool,
+/// What the pods of all files are together.
+#[derive(Default)]
+pub(super) struct Pods {
+    pub workloads: Vec<Arc<Workload>>,
+    /// Bound to a node, and without an address yet.
+    pub starting: Vec<Arc<Workload>>,
+    pub by_address: HashMap<IpAddr, Arc<Workload>>,
+    /// Of `workloads`, in their order.
+    pub readiness: Vec<Readiness>,
+    /// Addresses that more than one pod has.
+    pub claims: Vec<Warning>,
 }
 
-pub(super) fn live_pods<'a>(
-    objects: &'a Objects,
-    settings: &Settings,
-    interner: &mut Interner,
-    warnings: &mut Vec<Warning>,
-) -> Result<Vec<LivePod<'a>>, Error> {
-    let enrolling = enrolling(objects);
-    let mut candidates = Vec::new();
-    for placed in objects.pods.iter().filter(|placed| !is_finished(&placed.object)) {
-        let addresses = addresses(placed)?;
-        // A pod gets its address after it is scheduled; until then nobody can reach it.
-        if !addresses.is_empty() {
-            candidates.push((placed, addresses));
+impl Pods {
+    /// Decides who is enrolled and whose an address is.
+    ///
+    /// # Errors
+    ///
+    /// When two pods have the same address and neither is newer.
+    pub(super) fn settle(files: &mut [&mut Objects]) -> Result<Self, Error> {
+        let enrolling: HashSet<Arc<str>> = files
+            .iter()
+            .flat_map(|file| file.namespaces.iter().filter(|it| it.object).map(|it| it.key.name.clone()))
+            .collect();
+        for pod in files.iter_mut().flat_map(|file| &mut file.pods) {
+            if let Some(written) = &mut pod.object {
+                written.single.live_in(enrolling.contains(&pod.key.namespace));
+            }
         }
-    }
-    settle_claims(&mut candidates, warnings)?;
-    candidates
-        .into_iter()
-        .filter(|(_, addresses)| !addresses.is_empty())
-        .map(|(placed, addresses)| {
-            let enrolled_namespace = enrolling.contains(namespace(&placed.object.metadata));
-            let mut workload = workload(placed, addresses, settings, interner)?;
-            workload.enrolled = takes_part(&placed.object, enrolled_namespace);
-            let host_network = host_network(&placed.object);
-            Ok(LivePod { workload: Arc::new(workload), pod: &placed.object, host_network })
-        })
-        .collect()
-}
-
-/// Pods that are bound to a node and have no address yet.
-pub(super) fn starting_pods(
-    objects: &Objects,
-    settings: &Settings,
-    interner: &mut Interner,
-) -> Result<Vec<Arc<Workload>>, Error> {
-    let enrolling = enrolling(objects);
-    let mut starting = Vec::new();
-    for placed in objects.pods.iter().filter(|placed| !is_finished(&placed.object)) {
-        let addresses = addresses(placed)?;
-        if addresses.is_empty() {
-            let mut workload = workload(placed, addresses, settings, interner)?;
-            let enrolled_namespace = enrolling.contains(namespace(&placed.object.metadata));
-            workload.enrolled = takes_part(&placed.object, enrolled_namespace);
-            starting.extend(workload.node.is_some().then(|| Arc::new(workload)));
+        let mut pods = Self::default();
+        let mut candidates = Vec::new();
+        for file in files.iter().map(|file| &**file) {
+            for pod in &file.pods {
+                match &pod.object {
+                    // A pod gets its address after it is scheduled; until then nobody can reach it.
+                    Some(written) if written.single.workload.addresses.is_empty() => {
+                        pods.starting.push(written.single.workload.clone());
+                    }
+                    Some(written) => candidates.push(Candidate { file, pod, written }),
+                    None => {}
+                }
+            }
         }
+        let mut lost = pods.lost(&candidates)?;
+        pods.by_address.reserve(candidates.len());
+        for (at, Candidate { written, .. }) in candidates.iter().enumerate() {
+            let mut workload = written.single.workload.clone();
+            if let Some(lost) = lost.remove(&at) {
+                Arc::make_mut(&mut workload).addresses.retain(|address| !lost.contains(address));
+            }
+            if workload.addresses.is_empty() {
+                continue;
+            }
+            if !written.single.host_network {
+                let owned = workload.addresses.iter().map(|address| (*address, workload.clone()));
+                pods.by_address.extend(owned);
+            }
+            pods.readiness.push(written.readiness);
+            pods.workloads.push(workload);
+        }
+        Ok(pods)
     }
-    Ok(starting)
+
+    /// Gives each address to one pod, the newest that claims it, and says which pods lost which. A wrong owner would be
+    /// a wrong identity, so without a way to tell the claim is an error.
+    fn lost(&mut self, candidates: &[Candidate<'_>]) -> Result<Lost, Error> {
+        let mut owners: HashMap<IpAddr, usize> = HashMap::with_capacity(candidates.len());
+        let mut lost = Lost::new();
+        for (at, candidate) in candidates.iter().enumerate() {
+            if candidate.written.single.host_network {
+                continue;
+            }
+            for address in &candidate.written.single.workload.addresses {
+                let mut owner = match owners.entry(*address) {
+                    Entry::Vacant(vacant) => {
+                        vacant.insert(at);
+                        continue;
+                    }
+                    Entry::Occupied(owner) => owner,
+                };
+                let Some(other) = candidates.get(*owner.get()) else { continue };
+                let loser = match candidate.created().cmp(&other.created()) {
+                    Ordering::Greater => owner.insert(at),
+                    Ordering::Less => at,
+                    Ordering::Equal => {
+                        return Err(Error::ClaimedAddress {
+                            address: *address,
+                            first: other.pod.key.to_string().into(),
+                            first_place: other.file.place(other.pod.spot),
+                            second: candidate.pod.key.to_string().into(),
+                            second_place: candidate.file.place(candidate.pod.spot),
+                        });
+                    }
+                };
+                let (newer, older) = if loser == at { (other, candidate) } else { (candidate, other) };
+                self.claims.push(Warning::ClaimedAddress {
+                    address: *address,
+                    newer: newer.pod.key.to_string(),
+                    older: older.pod.key.to_string(),
+                });
+                lost.entry(loser).or_default().push(*address);
+            }
+        }
+        Ok(lost)
+    }
 }
 
-/// Names of the namespaces whose label enrols their pods.
-fn enrolling(objects: &Objects) -> HashSet<&str> {
-    let metadata = objects.namespaces.iter().map(|placed| &placed.object.metadata);
-    metadata.filter(|metadata| enrols(metadata)).filter_map(|metadata| metadata.name.as_deref()).collect()
+/// By a candidate's place, the addresses that it lost.
+type Lost = HashMap<usize, Vec<IpAddr>>;
+
+/// A pod that claims addresses.
+struct Candidate<'o> {
+    file: &'o Objects,
+    pod: &'o Stripped<Option<WrittenPod>>,
+    written: &'o WrittenPod,
+}
+
+impl Candidate<'_> {
+    fn created(&self) -> Moment {
+        self.written.single.age.created
+    }
 }
 
 /// A namespace's label that enrols its pods.
@@ -114,12 +175,60 @@ pub(super) struct Single {
     pub age: Age,
 }
 
+/// A pod of a manifest: where no slice says whether it is ready, it says so itself.
+#[derive(Debug)]
+pub(super) struct WrittenPod {
+    pub single: Single,
+    pub readiness: Readiness,
+}
+
+impl WrittenPod {
+    /// As [`Single::read`].
+    pub(super) fn read(
+        placed: &Placed<Pod>,
+        settings: &Settings,
+        interner: &mut Interner,
+    ) -> Result<Option<Self>, Error> {
+        let single = Single::read(placed, settings, interner)?;
+        Ok(single.map(|single| Self { single, readiness: readiness(&placed.object) }))
+    }
+
+    pub(super) fn key(&self) -> Key {
+        let Workload { namespace, name, .. } = &*self.single.workload;
+        Key { namespace: namespace.clone(), name: name.clone() }
+    }
+}
+
+/// A pod manifest without conditions counts as ready: outside Kubernetes nobody probes it.
+fn readiness(pod: &Pod) -> Readiness {
+    let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
+    let ready = match conditions.filter(|conditions| !conditions.is_empty()) {
+        None => true,
+        Some(conditions) => conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True"),
+    };
+    match (ready, pod.metadata.deletion_timestamp.is_some()) {
+        (true, false) => Readiness::Ready,
+        (true, true) => Readiness::Draining,
+        (false, _) => Readiness::NotReady,
+    }
+}
+
 /// Ordered from the one that has lost its address to the one that has it now.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(super) struct Age {
     stays: bool,
-    created: Option<Timestamp>,
-    started: Option<Timestamp>,
+    created: Moment,
+    started: Moment,
+}
+
+/// In microseconds since 1970; one that is not known is before all others.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+struct Moment(i64);
+
+impl Moment {
+    fn of(time: Option<&Time>) -> Self {
+        Self(time.map_or(i64::MIN, |time| time.0.as_microsecond()))
+    }
 }
 
 impl Single {
@@ -137,6 +246,7 @@ impl Single {
         if workload.addresses.is_empty() && workload.node.is_none() {
             return Ok(None);
         }
+        let metadata = &pod.metadata;
         let started = pod.status.as_ref().and_then(|status| status.start_time.as_ref());
         Ok(Some(Self {
             workload: Arc::new(workload),
@@ -144,9 +254,9 @@ impl Single {
             elsewhere: takes_part(pod, false),
             host_network: host_network(pod),
             age: Age {
-                stays: pod.metadata.deletion_timestamp.is_none(),
-                created: created(pod),
-                started: started.map(|time| time.0),
+                stays: metadata.deletion_timestamp.is_none(),
+                created: Moment::of(metadata.creation_timestamp.as_ref()),
+                started: Moment::of(started),
             },
         }))
     }
@@ -187,68 +297,13 @@ fn addresses(placed: &Placed<Pod>) -> Result<Vec<IpAddr>, Error> {
             addresses.push(address);
         }
     }
+    addresses.shrink_to_fit();
     Ok(addresses)
 }
 
 pub(super) fn parse_address(text: &str) -> Result<IpAddr, InvalidAddress> {
     let address: Result<IpAddr, _> = text.parse();
     address.map(|a| a.to_canonical()).map_err(|_| InvalidAddress::NotAnAddress { text: text.to_owned() })
-}
-
-/// Gives each address to one pod, the newest that claims it. A wrong owner would be a wrong identity, so without a
-/// way to tell the claim is an error.
-fn settle_claims(
-    candidates: &mut [(&Placed<Pod>, Vec<IpAddr>)],
-    warnings: &mut Vec<Warning>,
-) -> Result<(), Error> {
-    let mut owners: HashMap<IpAddr, usize> = HashMap::new();
-    let mut lost: Vec<(usize, IpAddr)> = Vec::new();
-    for (at, (placed, addresses)) in candidates.iter().enumerate() {
-        if host_network(&placed.object) {
-            continue;
-        }
-        for address in addresses {
-            let mut owner = match owners.entry(*address) {
-                Entry::Vacant(vacant) => {
-                    vacant.insert(at);
-                    continue;
-                }
-                Entry::Occupied(owner) => owner,
-            };
-            let Some((other, _)) = candidates.get(*owner.get()) else { continue };
-            let name = |placed: &Placed<Pod>| super::key(&placed.object.metadata);
-            let loser = match created(&placed.object).cmp(&created(&other.object)) {
-                std::cmp::Ordering::Greater => owner.insert(at),
-                std::cmp::Ordering::Less => at,
-                std::cmp::Ordering::Equal => {
-                    return Err(Error::ClaimedAddress {
-                        address: *address,
-                        first: name(other).into(),
-                        first_place: other.place.clone(),
-                        second: name(placed).into(),
-                        second_place: placed.place.clone(),
-                    });
-                }
-            };
-            let (newer, older) = if loser == at { (other, placed) } else { (placed, other) };
-            lost.push((loser, *address));
-            warnings.push(Warning::ClaimedAddress {
-                address: *address,
-                newer: name(newer),
-                older: name(older),
-            });
-        }
-    }
-    for (loser, address) in lost {
-        if let Some((_, addresses)) = candidates.get_mut(loser) {
-            addresses.retain(|a| *a != address);
-        }
-    }
-    Ok(())
-}
-
-fn created(pod: &Pod) -> Option<Timestamp> {
-    pod.metadata.creation_timestamp.as_ref().map(|time| time.0)
 }
 
 /// Not enrolled; that is for the caller to say.
@@ -313,7 +368,8 @@ fn ports(placed: &Placed<Pod>, interner: &mut Interner) -> Result<Vec<NamedPort>
     // Of the init containers only sidecars serve while the pod runs.
     let sidecar = |c: &&Container| c.restart_policy.as_deref() == Some("Always");
     let sidecars = spec.and_then(|s| s.init_containers.as_ref()).into_iter().flatten().filter(sidecar);
-    spec.iter()
+    let ports: Result<Vec<NamedPort>, Error> = spec
+        .iter()
         .flat_map(|s| &s.containers)
         .chain(sidecars)
         .flat_map(|container| container.ports.iter().flatten())
@@ -327,14 +383,18 @@ fn ports(placed: &Placed<Pod>, interner: &mut Interner) -> Result<Vec<NamedPort>
             })?;
             Ok((port.name.as_deref().map(|name| interner.text(name)), number))
         })
-        .collect()
+        .collect();
+    ports.map(|mut ports| {
+        ports.shrink_to_fit();
+        ports
+    })
 }
 
 pub(super) fn parse_port(port: i64) -> Result<u16, InvalidAddress> {
     u16::try_from(port).ok().filter(|port| *port > 0).ok_or(InvalidAddress::NotAPort { port })
 }
 
-fn path(placed: &Placed<Pod>, annotation: &'static str) -> Result<Option<PathBuf>, Error> {
+fn path(placed: &Placed<Pod>, annotation: &'static str) -> Result<Option<Box<Path>>, Error> {
     let annotations = placed.object.metadata.annotations.as_ref();
     let Some(value) = annotations.and_then(|annotations| annotations.get(annotation)) else {
         return Ok(None);
@@ -347,5 +407,5 @@ fn path(placed: &Placed<Pod>, annotation: &'static str) -> Result<Option<PathBuf
             value: value.clone(),
         });
     }
-    Ok(Some(value.into()))
+    Ok(Some(Path::new(value).into()))
 }

@@ -1,17 +1,17 @@
 //! Services: manifests in, a table from (VIP, port) to endpoints out.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use k8s_openapi::api::core::v1::{Pod, Service, ServiceSpec};
+use k8s_openapi::api::core::v1::{Service, ServiceSpec};
 use k8s_openapi::api::discovery::v1::{Endpoint as SliceEndpoint, EndpointConditions, EndpointSlice};
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
 
 use super::error::Error;
-use super::interner::Interner;
-use super::objects::{Objects, Placed, called, namespace};
-use super::pod::{LivePod, parse_address, parse_port};
+use super::interner::{Interner, Labels};
+use super::objects::{Objects, Placed, Stripped, called, namespace};
+use super::pod::{parse_address, parse_port};
 use super::vip::{Candidate, Endpoint, Health, Locality, Readiness, Vip};
 use super::{Warning, Workload, key};
 
@@ -23,6 +23,8 @@ const SERVICE_NAME: &str = "kubernetes.io/service-name";
 pub(super) struct Services {
     ports: HashMap<SocketAddr, Arc<Vip>>,
     names: HashMap<IpAddr, Arc<str>>,
+    /// Whether pods themselves say who is behind some of them.
+    follow_pods: bool,
 }
 
 /// One port of a Service and who answers behind it.
@@ -47,6 +49,13 @@ pub(super) struct Front {
     locality: Locality,
     not_ready_too: bool,
     session_affinity: bool,
+}
+
+/// A Service of a manifest: where no slice says who is behind it, its selector does.
+#[derive(Debug)]
+pub(super) struct WrittenService {
+    front: Front,
+    selector: Labels,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -91,48 +100,56 @@ pub(super) struct Table {
 }
 
 impl Services {
-    pub(super) fn new(
-        objects: &Objects,
-        pods: &[LivePod<'_>],
-        interner: &mut Interner,
-        warnings: &mut Vec<Warning>,
-    ) -> Result<Self, Error> {
-        let mut pods_of: HashMap<&str, Vec<&LivePod<'_>>> = HashMap::new();
-        for pod in pods {
-            pods_of.entry(&pod.workload.namespace).or_default().push(pod);
-        }
-        let mut slices_of: HashMap<String, Vec<Slice>> = HashMap::new();
-        for placed in &objects.endpoint_slices {
-            if let Some((service, slice)) = Slice::read(placed, interner)? {
+    /// The Services of all files; with what in them is not honoured.
+    ///
+    /// # Errors
+    ///
+    /// When two Services have the same address.
+    pub(super) fn settle(
+        files: &[&mut Objects],
+        workloads: &[Arc<Workload>],
+        readiness: &[Readiness],
+    ) -> Result<(Self, Vec<Warning>), Error> {
+        let mut slices_of: HashMap<&str, Vec<&Slice>> = HashMap::new();
+        for slice in files.iter().flat_map(|file| &file.endpoint_slices) {
+            if let Some((service, slice)) = &slice.object {
                 slices_of.entry(service).or_default().push(slice);
             }
         }
-        let mut services = Self::default();
-        let mut claimed: HashMap<IpAddr, &Placed<Service>> = HashMap::new();
-        for placed in &objects.services {
-            let Some(front) = Front::read(placed)? else { continue };
+        let mut selectable: Option<Selectable<'_>> = None;
+        let (mut services, mut warnings) = (Self::default(), Vec::new());
+        let mut claimed: HashMap<IpAddr, (&Objects, &Stripped<Option<WrittenService>>)> = HashMap::new();
+        for (file, placed) in files.iter().flat_map(|file| file.services.iter().map(move |it| (&**file, it)))
+        {
+            let Some(WrittenService { front, selector }) = &placed.object else { continue };
             for vip in &front.vips {
-                if let Some(first) = claimed.insert(*vip, placed) {
+                if let Some((first_file, first)) = claimed.insert(*vip, (file, placed)) {
                     return Err(Error::ClaimedVip {
                         address: *vip,
-                        first: key(&first.object.metadata).into(),
-                        first_place: first.place.clone(),
-                        second: key(&placed.object.metadata).into(),
-                        second_place: placed.place.clone(),
+                        first: first.key.to_string().into(),
+                        first_place: first_file.place(first.spot),
+                        second: placed.key.to_string().into(),
+                        second_place: file.place(placed.spot),
                     });
                 }
             }
             warnings.extend(front.warning());
             let table = match slices_of.get(&*front.name) {
-                Some(slices) => front.table(slices.iter()),
+                Some(slices) => front.table(slices.iter().copied()),
                 None => {
-                    let namespace = namespace(&placed.object.metadata);
-                    front.selected(placed, pods_of.get(namespace).map(Vec::as_slice).unwrap_or_default())
+                    let pods = selectable.get_or_insert_with(|| Selectable::new(workloads, readiness));
+                    front.selected(pods.selected(&placed.key.namespace, selector))
                 }
             };
             front.vips.iter().for_each(|vip| services.add(*vip, &table));
         }
-        Ok(services)
+        services.follow_pods = selectable.is_some();
+        Ok((services, warnings))
+    }
+
+    /// Whether other pods may make other endpoints, without a slice having changed.
+    pub(super) fn follow_pods(&self) -> bool {
+        self.follow_pods
     }
 
     /// Lets an address of a Service lead to what is behind it.
@@ -176,6 +193,40 @@ impl Services {
     }
 }
 
+/// A pod that a Service selects.
+type Selected<'a> = (&'a Workload, Readiness);
+
+/// Pods by namespace, for Services that have no slices.
+struct Selectable<'a>(HashMap<&'a str, Vec<Selected<'a>>>);
+
+impl<'a> Selectable<'a> {
+    fn new(workloads: &'a [Arc<Workload>], readiness: &[Readiness]) -> Self {
+        let mut by_namespace: HashMap<&str, Vec<Selected<'_>>> = HashMap::new();
+        for (workload, readiness) in workloads.iter().zip(readiness) {
+            by_namespace.entry(&workload.namespace).or_default().push((workload, *readiness));
+        }
+        Self(by_namespace)
+    }
+
+    /// An empty selector selects nobody.
+    fn selected(&self, namespace: &str, selector: &Labels) -> Vec<Selected<'a>> {
+        let selects = |(workload, _): &Selected<'_>| {
+            !selector.is_empty() && selector.iter().all(|(k, v)| workload.labels.get(k) == Some(v))
+        };
+        let pods = self.0.get(namespace).map(Vec::as_slice).unwrap_or_default();
+        pods.iter().copied().filter(selects).collect()
+    }
+}
+
+impl WrittenService {
+    /// As [`Front::read`].
+    pub(super) fn read(placed: &Placed<Service>, interner: &mut Interner) -> Result<Option<Self>, Error> {
+        let selector = placed.object.spec.as_ref().and_then(|spec| spec.selector.clone());
+        let selector = interner.labels(selector.unwrap_or_default());
+        Ok(Front::read(placed)?.map(|front| Self { front, selector }))
+    }
+}
+
 impl Front {
     /// `None` for a Service without an address of its own: headless, ExternalName, or not there yet.
     pub(super) fn read(placed: &Placed<Service>) -> Result<Option<Self>, Error> {
@@ -195,6 +246,7 @@ impl Front {
             };
             ports.push(FrontPort { name: port.name.as_deref().unwrap_or_default().into(), number, target });
         }
+        ports.shrink_to_fit();
         Ok(Some(Self {
             name: key(&placed.object.metadata).into(),
             vips,
@@ -240,30 +292,23 @@ impl Front {
     }
 
     /// Without slices, what the EndpointSlice controller would have found.
-    fn selected(&self, placed: &Placed<Service>, pods: &[&LivePod<'_>]) -> Table {
-        let selector = placed.object.spec.as_ref().and_then(|spec| spec.selector.as_ref());
-        let nobody = BTreeMap::new();
-        let selector = selector.unwrap_or(&nobody);
-        let selects = |workload: &Workload| {
-            !selector.is_empty() && selector.iter().all(|(k, v)| workload.labels.get(k) == Some(v))
-        };
-        let selected: Vec<_> = pods.iter().filter(|live| selects(&live.workload)).collect();
+    fn selected(&self, selected: Vec<Selected<'_>>) -> Table {
         self.with(|port, vip| {
-            let candidate = |live: &&&LivePod<'_>| {
-                let address = live.workload.addresses.iter().find(|a| a.is_ipv4() == vip.is_ipv4())?;
+            let candidate = |(workload, readiness): &Selected<'_>| {
+                let address = workload.addresses.iter().find(|a| a.is_ipv4() == vip.is_ipv4())?;
                 let target = match &port.target {
                     Target::Number(number) => *number,
                     Target::Named(wanted) => {
-                        let ports = &live.workload.ports;
+                        let ports = &workload.ports;
                         ports.iter().find(|(name, _)| name.as_deref() == Some(wanted))?.1
                     }
                 };
                 Some(Candidate {
                     endpoint: Endpoint { address: SocketAddr::new(*address, target), is_pod: false },
-                    node: live.workload.node.clone(),
+                    node: workload.node.clone(),
                     zone: None,
                     hints: Box::default(),
-                    readiness: if self.not_ready_too { Readiness::Ready } else { pod_readiness(live.pod) },
+                    readiness: if self.not_ready_too { Readiness::Ready } else { *readiness },
                 })
             };
             selected.iter().filter_map(candidate).collect()
@@ -307,6 +352,8 @@ impl Slice {
             let address = parse_address(address).map_err(|problem| wrong("endpoints.addresses", problem))?;
             slice.endpoints.push(Place::read(endpoint, address, interner));
         }
+        slice.ports.shrink_to_fit();
+        slice.endpoints.shrink_to_fit();
         Ok(Some((format!("{}/{service}", namespace(metadata)), slice)))
     }
 }
@@ -346,6 +393,7 @@ fn vips(placed: &Placed<Service>, spec: &ServiceSpec) -> Result<Vec<IpAddr>, Err
             vips.push(vip);
         }
     }
+    vips.shrink_to_fit();
     Ok(vips)
 }
 
@@ -367,20 +415,6 @@ fn readiness(conditions: &EndpointConditions) -> Readiness {
         (true, _, _) => Readiness::Ready,
         (false, true, true) => Readiness::Draining,
         _ => Readiness::NotReady,
-    }
-}
-
-/// A pod manifest without conditions counts as ready: outside Kubernetes nobody probes it.
-fn pod_readiness(pod: &Pod) -> Readiness {
-    let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
-    let ready = match conditions.filter(|conditions| !conditions.is_empty()) {
-        None => true,
-        Some(conditions) => conditions.iter().any(|c| c.type_ == "Ready" && c.status == "True"),
-    };
-    match (ready, pod.metadata.deletion_timestamp.is_some()) {
-        (true, false) => Readiness::Ready,
-        (true, true) => Readiness::Draining,
-        (false, _) => Readiness::NotReady,
     }
 }
 

@@ -123,13 +123,18 @@ impl From<Written<AuthorizationPolicySpec>> for AuthorizationPolicy {
     }
 }
 
-/// A misspelt value must not turn a trial into enforcement, nor an enforced policy into a trial.
+/// Only as much of it as is ever asked for. A misspelt value must not turn a trial into enforcement, nor an enforced
+/// policy into a trial.
 fn metadata<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
-    let metadata = ObjectMeta::deserialize(deserializer)?;
-    match metadata.annotations.as_ref().and_then(|a| a.get(DRY_RUN)).map(String::as_str) {
-        None | Some("true" | "false") => Ok(metadata),
-        Some(value) => Err(serde::de::Error::custom(Invalid::DryRun { value: value.into() })),
+    let ObjectMeta { name, namespace, creation_timestamp, annotations, .. } =
+        ObjectMeta::deserialize(deserializer)?;
+    let dry_run = annotations.and_then(|mut annotations| annotations.remove_entry(DRY_RUN));
+    match dry_run.as_ref().map(|(_, value)| value.as_str()) {
+        None | Some("true" | "false") => {}
+        Some(value) => return Err(serde::de::Error::custom(Invalid::DryRun { value: value.into() })),
     }
+    let annotations = dry_run.map(|entry| BTreeMap::from([entry]));
+    Ok(ObjectMeta { name, namespace, creation_timestamp, annotations, ..ObjectMeta::default() })
 }
 
 #[derive(Deserialize)]
@@ -278,6 +283,7 @@ impl TryFrom<WrittenRule> for Rule {
             }
         }
         clauses.extend(written.when.unwrap_or_default().into_iter().map(|term| Clause(vec![term])));
+        clauses.shrink_to_fit();
         Ok(Self { clauses })
     }
 }
@@ -346,7 +352,8 @@ impl Term {
         any: Option<Vec<W>>,
         none: Option<Vec<W>>,
     ) {
-        let plain = |written: Option<Vec<W>>| written.into_iter().flatten().map(Into::into).collect();
+        let plain =
+            |written: Option<Vec<W>>| written.unwrap_or_default().into_iter().map(Into::into).collect();
         let values = Values { any: plain(any), none: plain(none) };
         if !values.any.is_empty() || !values.none.is_empty() {
             self.fields.push(field(values));
@@ -360,7 +367,8 @@ impl Term {
     }
 
     /// An empty source would match everybody; nobody writes that and means it.
-    fn not_empty(self, field: &'static str) -> Result<Self, Invalid> {
+    fn not_empty(mut self, field: &'static str) -> Result<Self, Invalid> {
+        self.fields.shrink_to_fit();
         if self.fields.is_empty() && self.l7.is_empty() {
             Err(Invalid::EmptyTerm { field })
         } else {

@@ -1,23 +1,27 @@
 //! Which workloads a policy selects, and an index that finds the policies of a workload by its labels.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use serde::Deserialize;
 
 use super::Invalid;
 use crate::mesh::Workload;
 
-/// `selector.matchLabels`; never empty.
+/// `selector.matchLabels`, sorted; never empty.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
-pub struct Selector(BTreeMap<String, String>);
+pub struct Selector(Arc<[Label]>);
+
+/// Key and value.
+type Label = (Box<str>, Box<str>);
 
 impl Selector {
     pub fn selects(&self, labels: &BTreeMap<String, String>) -> bool {
-        self.0.iter().all(|(key, value)| labels.get(key) == Some(value))
+        self.labels().all(|(key, value)| labels.get(key).is_some_and(|has| has == value))
     }
 
     pub fn labels(&self) -> impl Iterator<Item = (&str, &str)> {
-        self.0.iter().map(|(key, value)| (key.as_str(), value.as_str()))
+        self.0.iter().map(|(key, value)| (&**key, &**value))
     }
 }
 
@@ -34,6 +38,8 @@ impl WrittenSelector {
         if let Some((key, value)) = labels.iter().find(|(k, v)| k.contains('*') || v.contains('*')) {
             return Err(Invalid::LabelWildcard { label: format!("{key}: {value}") });
         }
+        let labels = labels.into_iter().map(|(key, value)| (key.into(), value.into()));
+        let labels: Arc<[Label]> = labels.collect();
         Ok(if labels.is_empty() { None } else { Some(Selector(labels)) })
     }
 }
@@ -69,6 +75,7 @@ impl<T> BySelector<T> {
             let (key, value) = rarest.unwrap_or_default();
             filed.entry(key).or_default().entry(value).or_default().push((selector, filed_value));
         }
+        filed.values_mut().flat_map(HashMap::values_mut).for_each(Vec::shrink_to_fit);
         Self { filed }
     }
 

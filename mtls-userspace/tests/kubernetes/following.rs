@@ -218,7 +218,7 @@ async fn pods_have_several_addresses_or_their_nodes_and_say_nothing_of_where_the
     let scope = Scope::Traffic { annotations: true };
     let trusting = Source::kubernetes(world.agent().await, settings(), scope).await;
     let sly_there = trusting.current().workload("10.0.0.4".parse().unwrap()).unwrap().netns.clone();
-    assert_eq!(sly_there, Some("/proc/1/ns/net".into()));
+    assert_eq!(sly_there.as_deref(), Some(std::path::Path::new("/proc/1/ns/net")));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -9,7 +9,12 @@ use mtls::policy::{Authorized, Denied, Peer, Request};
 pub fn mesh(policies: &str) -> Mesh {
     let settings =
         Settings { trust_domain: "cluster.local".parse().unwrap(), root_namespace: "istio-system".into() };
-    Mesh::build(&Objects::from_yaml("p.yaml", &format!("{PODS}{policies}")).unwrap(), &settings, 1).unwrap()
+    Mesh::build(
+        &mut Objects::from_yaml("p.yaml", &format!("{PODS}{policies}"), &settings).unwrap(),
+        &settings,
+        1,
+    )
+    .unwrap()
 }
 
 pub const PODS: &str = "

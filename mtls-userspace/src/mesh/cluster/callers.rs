@@ -10,9 +10,10 @@ use kube::api::ApiResource;
 use kube::core::{DynamicResourceScope, GroupVersionKind};
 use serde::Deserialize;
 
-use super::kept::{Kept, Key, Uid};
+use super::kept::{Kept, Uid};
 use super::lean::Metadata;
 use crate::mesh::interner::Interner;
+use crate::mesh::objects::Key;
 use crate::mesh::server_calls::{ServerCall, ServerCalls};
 
 /// Where a webhook is called that names no port; an aggregated API, too.

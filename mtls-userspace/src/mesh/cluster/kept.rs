@@ -3,27 +3,10 @@
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 
-use crate::mesh::interner::Interner;
-
-/// Namespace (empty for what has none) and name.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
-pub(super) struct Key {
-    pub namespace: Arc<str>,
-    pub name: Arc<str>,
-}
-
-impl Key {
-    pub(super) fn of(metadata: &ObjectMeta, interner: &mut Interner) -> Self {
-        Self {
-            namespace: interner.text(metadata.namespace.as_deref().unwrap_or_default()),
-            name: metadata.name.as_deref().unwrap_or_default().into(),
-        }
-    }
-}
+use crate::mesh::objects::Key;
 
 /// Tells an object from another of its name.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

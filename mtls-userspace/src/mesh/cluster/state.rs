@@ -6,7 +6,6 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -17,16 +16,16 @@ use k8s_openapi::jiff::Timestamp;
 use kube::api::DynamicObject;
 
 use super::callers::{Caller, Callers, Calling};
-use super::kept::{Kept, Key, Uid};
+use super::kept::{Kept, Uid};
 use super::policies::{self, Refused};
-use crate::mesh::hosts::{Host, Hosts};
+use crate::mesh::hosts::Host;
 use crate::mesh::interner::Interner;
-use crate::mesh::objects::{Placed, called};
+use crate::mesh::objects::{Key, Placed, called};
+use crate::mesh::parts::Parts;
 use crate::mesh::pod::{Single, enrols, forget_annotated_place};
-use crate::mesh::server_calls::ServerCalls;
-use crate::mesh::service::{Front, Services, Slice, Table};
-use crate::mesh::{Error, Place, Settings, Warning, Workload};
-use crate::policy::{AuthorizationPolicy, PeerAuthentication, Policies};
+use crate::mesh::service::{Front, Slice, Table};
+use crate::mesh::{Error, Place, Settings};
+use crate::policy::{AuthorizationPolicy, PeerAuthentication};
 
 mod snapshot;
 
@@ -79,6 +78,8 @@ pub(super) struct State {
     faults: BTreeMap<String, String>,
     fresh: Fresh,
     last: Parts,
+    /// Since then pods have changed under the policies.
+    outlived: Option<Instant>,
 }
 
 /// What has changed since the last snapshot.
@@ -89,22 +90,6 @@ struct Fresh {
     policies: bool,
     callers: bool,
     services: HashSet<Arc<str>>,
-}
-
-/// What a snapshot is made of; shared with the last one where nothing has changed.
-#[derive(Default)]
-struct Parts {
-    workloads: Arc<Vec<Arc<Workload>>>,
-    starting: Arc<Vec<Arc<Workload>>>,
-    by_address: Arc<HashMap<IpAddr, Arc<Workload>>>,
-    services: Arc<Services>,
-    hosts: Arc<Hosts>,
-    policies: Arc<Policies>,
-    calls: Arc<ServerCalls>,
-    claims: Vec<Warning>,
-    affinities: Vec<Warning>,
-    /// Since then pods have changed under the policies.
-    outlived: Option<Instant>,
 }
 
 impl State {
@@ -128,6 +113,7 @@ impl State {
             // Of whom nothing is known yet, that is to be said.
             fresh: Fresh { callers: true, ..Fresh::default() },
             last: Parts::default(),
+            outlived: None,
         }
     }
 

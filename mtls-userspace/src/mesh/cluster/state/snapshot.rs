@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use k8s_openapi::jiff::Timestamp;
 
-use super::{Key, Parts, State, in_no_namespace};
+use super::{State, in_no_namespace};
 use crate::mesh::hosts::Hosts;
+use crate::mesh::objects::Key;
 use crate::mesh::pod::Single;
 use crate::mesh::service::Services;
 use crate::mesh::{Mesh, Warning, Workload};
@@ -35,7 +36,7 @@ impl State {
             self.last.workloads = Arc::new(workloads);
             self.last.starting = Arc::new(starting);
             self.last.by_address = Arc::new(by_address);
-            self.last.outlived.get_or_insert_with(Instant::now);
+            self.outlived.get_or_insert_with(Instant::now);
         }
         if fresh.hosts {
             self.last.hosts = Arc::new(Hosts::new(self.hosts.values()));
@@ -47,7 +48,7 @@ impl State {
             self.services_anew(fresh.services);
         }
         if fresh.policies || self.policies_due().is_some_and(|due| due <= Instant::now()) {
-            self.last.outlived = None;
+            self.outlived = None;
             self.last.policies = Arc::new(Policies::new(
                 self.peer_authentications.values(),
                 self.authorization_policies.values(),
@@ -55,35 +56,13 @@ impl State {
                 &self.settings.root_namespace,
             ));
         }
-        let Parts {
-            workloads,
-            starting,
-            by_address,
-            services,
-            hosts,
-            policies,
-            calls,
-            claims,
-            affinities,
-            ..
-        } = &self.last;
-        Mesh {
-            generation,
-            workloads: workloads.clone(),
-            starting: starting.clone(),
-            policies: policies.clone(),
-            server_calls: calls.clone(),
-            by_address: by_address.clone(),
-            services: services.clone(),
-            hosts: hosts.clone(),
-            warnings: claims.iter().chain(affinities).cloned().collect(),
-        }
+        self.last.mesh(generation)
     }
 
     /// When the policies are to be looked over, because pods have come and gone under them.
     pub(in crate::mesh::cluster) fn policies_due(&self) -> Option<Instant> {
         let is_any = !self.peer_authentications.is_empty() || !self.authorization_policies.is_empty();
-        self.last.outlived.filter(|_| is_any).map(|since| since + POLICIES_LOOKED_OVER)
+        self.outlived.filter(|_| is_any).map(|since| since + POLICIES_LOOKED_OVER)
     }
 
     /// Gives each address to one pod. Pods that have none yet are among them, pods that have lost it are not.
@@ -100,7 +79,7 @@ impl State {
                 });
                 let Some(other_key) = other_key else { continue };
                 // Of two that nothing tells apart an enrolled one: a wrong identity is refused, plaintext is not.
-                let rank = |it: &Single, key: &Key| (it.age.clone(), it.workload.enrolled, key.clone());
+                let rank = |it: &Single, key: &Key| (it.age, it.workload.enrolled, key.clone());
                 let (winner, loser) = if rank(single, key) > rank(other, other_key) {
                     ((single, key), other_key)
                 } else {
