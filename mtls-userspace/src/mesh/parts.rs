@@ -24,7 +24,6 @@ pub(super) struct Parts {
     pub services: Arc<Services>,
     pub hosts: Arc<Hosts>,
     pub policies: Arc<Policies>,
-    /// Of an API server that is followed.
     pub calls: Arc<ServerCalls>,
     pub claims: Vec<Warning>,
     pub affinities: Vec<Warning>,
@@ -37,10 +36,10 @@ impl Parts {
             workloads: self.workloads.clone(),
             starting: self.starting.clone(),
             policies: self.policies.clone(),
-            server_calls: self.calls.clone(),
             by_address: self.by_address.clone(),
             services: self.services.clone(),
             hosts: self.hosts.clone(),
+            server_calls: self.calls.clone(),
             warnings: self.claims.iter().chain(&self.affinities).cloned().collect(),
         }
     }
