@@ -12,9 +12,7 @@ use tokio::net::TcpStream;
 use crate::tunnel::{Buffer, Size, failed, finish_on_close, receive, reset_on_close, send};
 
 use super::watch::Watch;
-use super::{End, Progress, Report, is_reset};
-
-const TURN: usize = 512 * 1024;
+use super::{End, Progress, Report, TURN, is_reset};
 
 /// Relays until both directions have ended, one side is reset, or `stop` resolves. Until a clean end both sockets are
 /// marked to be reset when they are closed, by the caller who drops them right after or by the end of the process: an

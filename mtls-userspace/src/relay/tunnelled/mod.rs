@@ -16,7 +16,7 @@ use tokio::net::TcpStream;
 use crate::tunnel::{Codec, Rejection, Stream, failed, finish_on_close, reset_on_close};
 
 use super::watch::Watch;
-use super::{End, Progress, Report};
+use super::{End, Progress, Report, TURN};
 
 mod down;
 mod steady;
@@ -24,9 +24,6 @@ mod up;
 
 use down::Down;
 use up::Up;
-
-/// Bytes after which a connection lets the worker's others have their turn.
-const TURN: usize = 512 * 1024;
 
 /// Relays until both directions have ended, one side is reset, or `stop` resolves.
 ///
