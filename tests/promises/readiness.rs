@@ -298,7 +298,7 @@ fn a_scan_of_every_port_costs_bounded_memory_and_hides_nobody() -> Result<()> {
     let _echo = scene.server.serve(&["echo", "--listen", "[::]:7000"])?;
     let cron = scene.lab.outsider("node-a", "cron")?;
     let scanner = scene.lab.outsider("node-b", "scanner")?;
-    let from = more_addresses(&scene.lab, &scanner, 200)?;
+    let from = more_addresses(&scene.lab, "node-b", &scanner, 200)?;
     let to = scene.server.addr6(7000).to_string();
     assert_echoed(&cron.app(&["dial", "echo", &to])?);
     let agent = scene.mesh.agent("node-b");
@@ -418,13 +418,15 @@ fn what_the_api_server_will_call_is_named_before_it_calls() -> Result<()> {
 }
 
 /// Gives a pod more IPv6 addresses, and returns them.
-fn more_addresses(lab: &Lab, pod: &Pod, count: u16) -> Result<Vec<String>> {
+fn more_addresses(lab: &Lab, node: &str, pod: &Pod, count: u16) -> Result<Vec<String>> {
     let own = pod.ip6().to_string();
     let prefix = own.rsplit_once(':').context("an IPv6 address")?.0;
     let addresses: Vec<String> = (0..count).map(|n| format!("{prefix}:5:{n:x}")).collect();
-    let batch: String = addresses.iter().map(|ip| format!("addr add {ip}/64 dev eth0 nodad\n")).collect();
+    let batch: String = addresses.iter().map(|ip| format!("addr add {ip}/128 dev eth0 nodad\n")).collect();
     let file = lab.dir().join("addresses");
     std::fs::write(&file, batch)?;
     pod.run("ip", &["-batch", &file.to_string_lossy()])?.success()?;
+    let all = format!("{prefix}:5:0/112");
+    lab.node(node)?.run("ip", &["-6", "route", "add", &all, "via", &own])?.success()?;
     Ok(addresses)
 }
