@@ -72,6 +72,23 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     };
     let chosen = Chosen::at_start(&config.features)?;
     tracing::info!("this kernel: {chosen}");
+    // What can't be is said before the kernel half is touched: an agent that ends here changes nothing for the one that runs.
+    if config.same_node == SameNode::Direct
+        && let Some(why) = features::against_same_node_direct()
+    {
+        anyhow::bail!("--same-node direct can't work on this kernel: {why}; use relay or encrypt");
+    }
+    let kernel = kernel_carried(config.kernel_tls, &chosen)?;
+    let usual = tunnel::Config::default();
+    let tunnel = Arc::new(tunnel::Config {
+        retransmit: usual.retransmit.filter(|_| chosen.uses(Choice::TcpRtoMax)),
+        raw_after: (!kernel.is_empty()).then_some(config.kernel_tls_after),
+        kernel,
+        kernel_rekey: chosen.uses(Choice::KtlsRekey),
+        congestion: config.tunnel_congestion.clone(),
+        ..usual
+    });
+    tunnel.check()?;
     let capture = Arc::new(
         Capture::start(capture::Config {
             cgroup_root: config.cgroup_root.clone(),
@@ -95,11 +112,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         inbox.clone(),
     );
     let watch = Arc::new(watch.context("kernel half")?);
-    if config.same_node == SameNode::Direct
-        && let Some(why) = features::against_same_node_direct()
-    {
-        anyhow::bail!("--same-node direct can't work on this kernel: {why}; use relay or encrypt");
-    }
     let direct = Direct::new(
         config.node.clone(),
         config.same_node == SameNode::Direct,
@@ -109,17 +121,6 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         observer.clone(),
     )
     .context("kernel half")?;
-    let kernel = kernel_carried(config.kernel_tls, &chosen)?;
-    let usual = tunnel::Config::default();
-    let tunnel = Arc::new(tunnel::Config {
-        retransmit: usual.retransmit.filter(|_| chosen.uses(Choice::TcpRtoMax)),
-        raw_after: (!kernel.is_empty()).then_some(config.kernel_tls_after),
-        kernel,
-        kernel_rekey: chosen.uses(Choice::KtlsRekey),
-        congestion: config.tunnel_congestion.clone(),
-        ..usual
-    });
-    tunnel.check()?;
     tokio::spawn(follow_trust(identities.clone(), tunnel.clone()));
     let workers = (0..config.workers)
         .map(|index| {

@@ -8,6 +8,18 @@ use mtls_tests::{Lab, Level, MARKER, Mesh, Mode, PodSpec, eventually, skip};
 
 use crate::container::{API_TOKEN, Container, NEEDS};
 
+/// Puts the agents of both nodes into containers, in place of those that run.
+fn in_containers(lab: &Lab, mesh: &mut Mesh) -> Result<Vec<Container>> {
+    let moved = ["node-a", "node-b"].into_iter().map(|node| {
+        mesh.agent(node).kill();
+        let container = Container::agent(lab, node)?;
+        container.launch(lab, mesh, node)?;
+        mesh.agent(node).await_ready()?;
+        Ok(container)
+    });
+    moved.collect()
+}
+
 #[test]
 fn with_exactly_its_privileges_an_agent_does_all_of_its_work() -> Result<()> {
     if skip(&NEEDS) {
@@ -19,14 +31,7 @@ fn with_exactly_its_privileges_an_agent_does_all_of_its_work() -> Result<()> {
     let server = lab.add(PodSpec::new("node-b", "server").port("main", 7000))?;
     let intruder = lab.outsider("node-a", "intruder")?;
     let mut mesh = Mesh::start(&lab)?;
-    let mut containers = Vec::new();
-    for node in ["node-a", "node-b"] {
-        mesh.agent(node).kill();
-        let container = Container::agent(&lab, node)?;
-        container.launch(&lab, &mut mesh, node)?;
-        mesh.agent(node).await_ready()?;
-        containers.push(container);
-    }
+    let containers = in_containers(&lab, &mut mesh)?;
     let status = std::fs::read_to_string(format!("/proc/{}/status", containers[0].pid()?))?;
     let line =
         |key| status.lines().find_map(|line| line.strip_prefix(key)).map(str::trim).context("no such line");
@@ -82,14 +87,7 @@ fn agents_in_containers_succeed_each_other_and_no_connection_is_refused() -> Res
     let intruder = lab.outsider("node-a", "intruder")?;
     let mut mesh = Mesh::start(&lab)?;
     lab.peer_authentication(Level::Mesh, Mode::Strict)?;
-    let mut first = Vec::new();
-    for node in ["node-a", "node-b"] {
-        mesh.agent(node).kill();
-        let container = Container::agent(&lab, node)?;
-        container.launch(&lab, &mut mesh, node)?;
-        mesh.agent(node).await_ready()?;
-        first.push(container);
-    }
+    let first = in_containers(&lab, &mut mesh)?;
     let _echo = server.serve(&["echo", "--listen", "[::]:7000"])?;
     let to = server.addr(7000).to_string();
     let mut stream = client.start_app(&["dial", "stream", &to, "--pause-ms", "10"])?;

@@ -40,6 +40,7 @@ pub use listen::loopback_leg;
 pub use mtls_common::{OUTBOUND_PORT, PLAINTEXT_PORT, TUNNEL_PORT};
 pub use node::Capture;
 pub use pod::LocalPod;
+pub(crate) use sys::{bpf, owned};
 
 pub struct Config {
     /// The cgroup2 directory whose processes are seen: those of the pods, and the agent itself. The root of the

@@ -2,16 +2,15 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::net::TcpListener;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use aya::programs::ProgramType;
 use aya::sys::{BpfHelper, is_helper_supported, is_program_supported};
 use nix::sys::statfs::{CGROUP2_SUPER_MAGIC, FsType, statfs};
-use socket2::SockRef;
 
 use super::error::Error;
+use crate::tunnel::accepts_congestion;
 
 const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
 
@@ -154,7 +153,7 @@ pub(super) fn tells_mptcp() -> bool {
 /// The congestion control of loopback legs; the kernel loads its module if need be.
 pub(super) fn congestion(wanted: Option<&str>) -> Result<String, Error> {
     match wanted {
-        None if accepts("cubic").is_ok() => Ok("cubic".into()),
+        None if accepts_congestion("cubic").is_ok() => Ok("cubic".into()),
         None => Ok("reno".into()),
         Some("") => Ok(String::new()),
         Some(name) => {
@@ -162,17 +161,13 @@ pub(super) fn congestion(wanted: Option<&str>) -> Result<String, Error> {
             if name.len() >= TCP_CA_NAME_MAX {
                 return Err(unknown(io::ErrorKind::InvalidInput.into()));
             }
-            accepts(name).map_err(unknown)?;
+            accepts_congestion(name).map_err(unknown)?;
             Ok(name.into())
         }
     }
 }
 
 const TCP_CA_NAME_MAX: usize = 16;
-
-fn accepts(name: &str) -> io::Result<()> {
-    SockRef::from(&TcpListener::bind("127.0.0.1:0")?).set_tcp_congestion(name.as_bytes())
-}
 
 #[cfg(test)]
 mod tests {

@@ -44,14 +44,15 @@ const BPF_LINK_TYPE_NETNS: u32 = 5;
 
 /// # Safety
 ///
-/// `attr` must be what `command` expects, without implicit padding, and pointers in it valid for the call.
-unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_long> {
-    // SAFETY: the caller's promise; the kernel reads size_of::<T>() bytes.
+/// `attr` must be what `command` expects, or the head of it, without implicit padding, and pointers in it valid for the
+/// call.
+pub(crate) unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_long> {
+    // SAFETY: the caller's promise; the kernel reads size_of::<T>() bytes, and takes the rest for zero.
     let outcome = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
     if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(outcome) }
 }
 
-fn owned(fd: libc::c_long) -> OwnedFd {
+pub(crate) fn owned(fd: libc::c_long) -> OwnedFd {
     // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
     unsafe { OwnedFd::from_raw_fd(fd as RawFd) }
 }

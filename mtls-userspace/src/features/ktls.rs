@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 
 use super::path::{RECORD, expect, pair, set};
 use crate::capture::probe::{Obstacle, Outcome};
-use crate::tunnel::{ContentType, receive_record, send_record};
+use crate::tunnel::{ContentType, OUR_KEY_UPDATE, receive_record, send_record};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Cipher {
@@ -48,17 +48,16 @@ pub(super) fn attempt(cipher: Cipher) -> Outcome {
 
 /// A second key for both ends of a direction, with the KeyUpdate between that TLS wants there.
 pub(super) fn rekey() -> Outcome {
-    const KEY_UPDATE: [u8; 5] = [24, 0, 0, 1, 0];
     let (mut near, mut far) = kernel_pair()?;
     let cipher = Cipher::Aes128Gcm;
     hand_over(&near, libc::TLS_TX, cipher, 1).map_err(during("the first key"))?;
     hand_over(&far, libc::TLS_RX, cipher, 1).map_err(during("the first key"))?;
     exchange(&mut near, &mut far).map_err(during("a record"))?;
     let kind = ContentType::Handshake as u8;
-    send_record(near.as_fd(), kind, &KEY_UPDATE).map_err(during("a KeyUpdate"))?;
-    let mut heard = [0; KEY_UPDATE.len()];
+    send_record(near.as_fd(), kind, &OUR_KEY_UPDATE).map_err(during("a KeyUpdate"))?;
+    let mut heard = [0; OUR_KEY_UPDATE.len()];
     let received = receive_record(far.as_fd(), &mut heard).map_err(during("a KeyUpdate"))?;
-    if (received, heard) != ((kind, heard.len()), KEY_UPDATE) {
+    if (received, heard) != ((kind, heard.len()), OUR_KEY_UPDATE) {
         return Err(during("a KeyUpdate")(io::ErrorKind::InvalidData.into()));
     }
     hand_over(&near, libc::TLS_TX, cipher, 3).map_err(during("the second key, sending"))?;

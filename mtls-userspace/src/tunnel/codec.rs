@@ -25,7 +25,7 @@ const USER_CANCELED: u8 = 90;
 pub(super) const NEW_SESSION_TICKET: u8 = 4;
 const KEY_UPDATE: u8 = 24;
 /// Asks for none in return.
-const OUR_KEY_UPDATE: [u8; 5] = [KEY_UPDATE, 0, 0, 1, 0];
+pub(crate) const OUR_KEY_UPDATE: [u8; 5] = [KEY_UPDATE, 0, 0, 1, 0];
 /// A handshake message that spans records; a ticket with a client's chain inside has a few KiB.
 const MAX_HANDSHAKE: usize = 64 * 1024;
 /// KeyUpdates a peer may send without a byte of data between them.

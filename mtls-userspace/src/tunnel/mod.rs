@@ -54,13 +54,13 @@ pub use tls::TlsConfigs;
 pub use verify::HandshakeFailure;
 
 pub(crate) use buffer::{Buffer, HEADROOM, SLOT, SLOTS, Size};
-pub(crate) use codec::{Codec, MAX_RANGES, Pulled};
+pub(crate) use codec::{Codec, MAX_RANGES, OUR_KEY_UPDATE, Pulled};
 pub(crate) use frame::MAX_DATA;
 pub(crate) use kernel::{receive_record, send_record};
 pub(crate) use record::TRAILER as RECORD_END;
 pub(crate) use socket::{
-    UNSENT, bound_receive, failed, finish_on_close, receive, receive_vectored, reset_on_close, send,
-    send_vectored,
+    UNSENT, accepts_congestion, bound_receive, failed, finish_on_close, low_water, receive, receive_vectored,
+    reset_on_close, send, send_vectored,
 };
 
 /// A tunnel's memory besides its socket, its keys and its peer's certificate.

@@ -167,15 +167,32 @@ pub(crate) fn accepts_congestion(name: &str) -> io::Result<()> {
 fn set_rto_max(socket: &socket2::Socket, longest: Duration) -> io::Result<()> {
     /// linux/tcp.h; libc does not name it yet.
     const TCP_RTO_MAX_MS: libc::c_int = 44;
-    let milliseconds = libc::c_int::try_from(longest.as_millis()).unwrap_or(libc::c_int::MAX);
+    let milliseconds = usize::try_from(longest.as_millis()).unwrap_or(usize::MAX);
+    set_number(socket, libc::IPPROTO_TCP, TCP_RTO_MAX_MS, milliseconds)
+}
+
+/// From here on the socket is readable when so many bytes are there, or no more will come. Where some are already, the
+/// kernel looks again.
+pub(crate) fn low_water(socket: &impl AsRawFd, bytes: usize) -> io::Result<()> {
+    set_number(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, bytes)
+}
+
+/// Sets an option that is a `c_int`; what is too large for one is the largest.
+fn set_number(
+    socket: &impl AsRawFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: usize,
+) -> io::Result<()> {
+    let value = libc::c_int::try_from(value).unwrap_or(libc::c_int::MAX);
     // SAFETY: the pointer and length describe one c_int that lives through the call.
     let result = unsafe {
         libc::setsockopt(
             socket.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            TCP_RTO_MAX_MS,
-            (&raw const milliseconds).cast(),
-            size_of_val(&milliseconds) as libc::socklen_t,
+            level,
+            option,
+            (&raw const value).cast(),
+            size_of_val(&value) as libc::socklen_t,
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }

@@ -14,6 +14,7 @@ use rustls::crypto::aws_lc_rs::cipher_suite::{
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio_rustls::client::TlsStream;
 
 use crate::foreign::{self, ByHand, Manners, RAW, data, open_frame};
 use crate::raw::{kernel, rekeys, suites};
@@ -56,6 +57,24 @@ async fn raw_stream(agents: &Agents, client: &Arc<Identity>, manners: Manners) -
     (peer, far)
 }
 
+/// A rustls client's stream after RAW from both ends, and the application behind it.
+async fn answered_raw(agents: &Agents, client: &Arc<Identity>) -> (TlsStream<TcpStream>, TcpStream) {
+    let mut tls = foreign::client(agents.inbound, client, SPEAKS_RAW).await.unwrap();
+    tls.write_all(&open_frame(agents.destination())).await.unwrap();
+    let (far, _) = soon(agents.application.accept()).await.unwrap();
+    tls.write_all(&[RAW]).await.unwrap();
+    soon(tls.read_exact(&mut [0; 1])).await.unwrap();
+    (tls, far)
+}
+
+/// The server's agent reports a clean end, and that its records were where they should be.
+async fn ended_cleanly(agents: &mut Agents, in_kernel: bool) {
+    let report = soon(agents.server_reports.recv()).await.unwrap();
+    assert!(matches!(report.end, End::Clean), "{:?}", report.end);
+    let expected = if in_kernel { Records::Kernel } else { Records::Userspace };
+    assert_eq!(report.records, expected);
+}
+
 async fn hears(far: &mut TcpStream, expected: &[u8]) {
     let mut heard = vec![0; expected.len()];
     soon(far.read_exact(&mut heard)).await.unwrap();
@@ -87,10 +106,7 @@ async fn a_rustls_client_is_understood_and_answered_raw() {
             let mut rest = Vec::new();
             soon(tls.read_to_end(&mut rest)).await.unwrap();
             assert_eq!(rest, b"last");
-            let report = soon(agents.server_reports.recv()).await.unwrap();
-            assert!(matches!(report.end, End::Clean), "{:?}", report.end);
-            let expected = if in_kernel { Records::Kernel } else { Records::Userspace };
-            assert_eq!(report.records, expected);
+            ended_cleanly(&mut agents, in_kernel).await;
         }
     }
 }
@@ -220,11 +236,7 @@ async fn a_key_update_is_followed_and_answered() {
         if in_kernel && !rekeys() {
             continue;
         }
-        let mut tls = foreign::client(agents.inbound, &client, SPEAKS_RAW).await.unwrap();
-        tls.write_all(&open_frame(agents.destination())).await.unwrap();
-        let (mut far, _) = soon(agents.application.accept()).await.unwrap();
-        tls.write_all(&[RAW]).await.unwrap();
-        soon(tls.read_exact(&mut [0; 1])).await.unwrap();
+        let (mut tls, mut far) = answered_raw(&agents, &client).await;
         for round in 0..4u8 {
             // rustls asks for ours in return.
             tls.get_mut().1.refresh_traffic_keys().unwrap();
@@ -238,10 +250,7 @@ async fn a_key_update_is_followed_and_answered() {
         tls.shutdown().await.unwrap();
         assert_eq!(soon(far.read(&mut [0; 8])).await.unwrap(), 0);
         drop(far);
-        let report = soon(agents.server_reports.recv()).await.unwrap();
-        assert!(matches!(report.end, End::Clean), "{:?}", report.end);
-        let expected = if in_kernel { Records::Kernel } else { Records::Userspace };
-        assert_eq!(report.records, expected);
+        ended_cleanly(&mut agents, in_kernel).await;
     }
 }
 
@@ -252,11 +261,7 @@ async fn key_updates_without_end_are_refused() {
         if in_kernel && !rekeys() {
             continue;
         }
-        let mut tls = foreign::client(agents.inbound, &client, SPEAKS_RAW).await.unwrap();
-        tls.write_all(&open_frame(agents.destination())).await.unwrap();
-        let (mut far, _) = soon(agents.application.accept()).await.unwrap();
-        tls.write_all(&[RAW]).await.unwrap();
-        soon(tls.read_exact(&mut [0; 1])).await.unwrap();
+        let (mut tls, mut far) = answered_raw(&agents, &client).await;
         for _ in 0..40 {
             if tls.get_mut().1.refresh_traffic_keys().is_err() || tls.flush().await.is_err() {
                 break;

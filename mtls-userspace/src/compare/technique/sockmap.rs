@@ -15,6 +15,7 @@ use socket2::SockRef;
 use tokio::net::TcpStream;
 
 use super::{Carried, Ends, OnAccept, Technique, dial};
+use crate::tunnel::low_water;
 
 mod verdict;
 
@@ -69,7 +70,7 @@ fn joining(to: std::net::SocketAddr) -> OnAccept {
             verdict.join(&from, &to).context("join two sockets")?;
             // What came before is passed on when the kernel next looks, which this makes it do.
             for socket in [&from, &to] {
-                look_again(socket)?;
+                low_water(socket, 1)?;
             }
             tokio::try_join!(one_way(&from, &to), one_way(&to, &from))?;
             Ok(())
@@ -148,17 +149,6 @@ fn info(socket: &TcpStream) -> io::Result<Info> {
     // SAFETY: the kernel writes at most `length` bytes to a buffer that is as long.
     match unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, to, &raw mut length) } {
         0 => Ok(info),
-        _ => Err(io::Error::last_os_error()),
-    }
-}
-
-fn look_again(socket: &TcpStream) -> io::Result<()> {
-    let least: libc::c_int = 1;
-    let (fd, from) = (socket.as_raw_fd(), (&raw const least).cast());
-    let length = size_of_val(&least) as libc::socklen_t;
-    // SAFETY: the kernel reads an int.
-    match unsafe { libc::setsockopt(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, from, length) } {
-        0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
 }

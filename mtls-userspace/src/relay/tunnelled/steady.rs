@@ -6,13 +6,14 @@
 //! when nothing was received for [`PAUSE`], so that the last bytes before a pause are late by no more than two of those.
 
 use std::future::Future;
-use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::task::Context;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
+
+use crate::tunnel::low_water;
 
 /// Received this much in [`SHORT`]: fast, some 2 Gbit/s.
 const FAST: usize = 4 << 20;
@@ -74,25 +75,11 @@ impl Steady {
     }
 }
 
-fn low_water(socket: &TcpStream, bytes: usize) -> nix::Result<()> {
-    let bytes = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
-    // SAFETY: the pointer and length describe one c_int that lives through the call.
-    let result = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_RCVLOWAT,
-            (&raw const bytes).cast(),
-            size_of_val(&bytes) as libc::socklen_t,
-        )
-    };
-    nix::errno::Errno::result(result).map(drop)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::future::poll_fn;
+    use std::os::fd::AsRawFd;
     use std::task::Poll;
     use tokio::io::AsyncWriteExt;
     use tokio::net::TcpListener;

@@ -3,7 +3,9 @@
 //! Eleven instructions, written out: an object of their own would have to be built, found and kept.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+use crate::capture::{bpf, owned};
 
 const MAP_CREATE: libc::c_int = 0;
 const MAP_UPDATE: libc::c_int = 2;
@@ -99,18 +101,4 @@ fn cookie(socket: &impl AsRawFd) -> io::Result<u64> {
         0 => Ok(cookie),
         _ => Err(io::Error::last_os_error()),
     }
-}
-
-/// # Safety
-///
-/// `attr` must be the head of what `command` expects, without padding, and pointers in it valid for the call.
-unsafe fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_long> {
-    // SAFETY: the caller's promise; the kernel reads size_of::<T>() bytes and takes the rest for zero.
-    let outcome = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
-    if outcome < 0 { Err(io::Error::last_os_error()) } else { Ok(outcome) }
-}
-
-fn owned(fd: libc::c_long) -> OwnedFd {
-    // SAFETY: the kernel has just given us this descriptor, and nobody else knows it.
-    unsafe { OwnedFd::from_raw_fd(fd as RawFd) }
 }
