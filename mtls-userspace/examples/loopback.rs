@@ -352,8 +352,8 @@ async fn outbound_agent(
         tokio::spawn(async move {
             captured.set_nodelay(true)?;
             let open = Open::new(app, OriginalSrc::new(source));
-            let target = Target { identity: &identity, expected: &expected, address: tunnel_port, open };
-            let mut stream = connector.open(target, || socket(&options)).await?;
+            let target = Target { identity: &identity, expected: &expected, netns: 0, address: tunnel_port };
+            let mut stream = connector.open(target, open, || socket(&options)).await?;
             tunnelled(&captured, &mut stream, &Progress::default(), std::future::pending()).await;
             Result::Ok(())
         });

@@ -138,6 +138,9 @@ pub struct Options {
     /// Congestion control of the tunnels between nodes [default: the host's]
     #[arg(long, value_name = "NAME")]
     tunnel_congestion: Option<String>,
+    /// Whether connections that exchange little share the tunnels from one pod to another [default: auto]
+    #[arg(long)]
+    share_tunnels: Option<ShareTunnels>,
     /// Not what the kernel is found to do: NAME=on must work, NAME=off is left alone; names are those of `mtls lab features`
     #[arg(long, value_name = "NAME=on|off")]
     feature: Vec<Forced>,
@@ -147,6 +150,17 @@ pub struct Options {
     /// Bytes after which a stream counts as long [default: 67108864]
     #[arg(long, value_name = "BYTES")]
     kernel_tls_after: Option<u64>,
+}
+
+/// How many connections a tunnel carries at once.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ShareTunnels {
+    /// The first connection from one pod to another has a tunnel of its own, others share one until they become fast
+    #[default]
+    Auto,
+    /// One
+    Off,
 }
 
 /// Who carries the records of long streams.
@@ -206,6 +220,7 @@ pub struct Config {
     pub loopback_congestion: Option<String>,
     /// Congestion control between the nodes. Absent: the host's choice.
     pub tunnel_congestion: Option<String>,
+    pub share_tunnels: ShareTunnels,
     pub kernel_tls: KernelTls,
     /// Bytes.
     pub kernel_tls_after: u64,
@@ -293,6 +308,7 @@ impl Options {
                 .loopback_congestion
                 .map(|name| if name == "host" { String::new() } else { name }),
             tunnel_congestion: options.tunnel_congestion.filter(|name| name != "host"),
+            share_tunnels: options.share_tunnels.unwrap_or_default(),
             kernel_tls: options.kernel_tls.unwrap_or_default(),
             kernel_tls_after: options.kernel_tls_after.unwrap_or(64 << 20),
             features: options.feature,
@@ -347,6 +363,7 @@ impl Options {
             drain: self.drain.or(file.drain),
             loopback_congestion: self.loopback_congestion.or(file.loopback_congestion),
             tunnel_congestion: self.tunnel_congestion.or(file.tunnel_congestion),
+            share_tunnels: self.share_tunnels.or(file.share_tunnels),
             kernel_tls: self.kernel_tls.or(file.kernel_tls),
             kernel_tls_after: self.kernel_tls_after.or(file.kernel_tls_after),
             // The last word on a feature counts.

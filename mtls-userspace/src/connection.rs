@@ -6,7 +6,7 @@
 //! plaintext:  capture ─► policy ─► relay
 //! ```
 //!
-//! Each function here is a task on one data worker. An error anywhere ends the connection with a reset to the
+//! What comes out of a tunnel is in `inbound`. Each `pub` function here is a task on one data worker. An error anywhere ends the connection with a reset to the
 //! application and one line in the access log; no path falls back to plaintext.
 
 use std::io;
@@ -20,15 +20,20 @@ use tokio::net::{TcpSocket, TcpStream};
 use crate::addr::{OriginalDst, OriginalSrc, canonical};
 use crate::capture;
 use crate::drain::Working;
-use crate::mesh::{Destination, Mesh, Workload};
+use crate::identity::{Identity, SpiffeId};
+use crate::mesh::{Destination, Workload};
 use crate::observe::{Connection, Direction, Flow, Party, Path, Refusal};
 use crate::outcome;
 use crate::plaintext::Seen;
 use crate::policy::{Authorized, Peer, Request};
-use crate::relay::{self, End, Report};
-use crate::tunnel;
+use crate::relay::{self, App, End, Growing, Laned, Report};
+use crate::tunnel::{self, Carried, Lane};
 use crate::unplaced;
 use crate::worker::{Pod, Worker};
+
+mod inbound;
+
+pub use inbound::inbound;
 
 /// A TCP handshake with an application or a peer agent that takes longer has failed.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -45,7 +50,6 @@ pub fn outbound(
     app: TcpStream,
 ) -> impl Future<Output = ()> + Send {
     async move {
-        let _counted = &working;
         // Boxed, here and below: what it takes to open a connection is not kept while the connection lives.
         let Some(Opened { open, far }) = Box::pin(open_outbound(&worker, &pod, &app)).await else {
             return reset(app);
@@ -55,7 +59,7 @@ pub fn outbound(
                 let report = relay::plain(&app, &far, open.progress(), pin!(stopped(&open))).await;
                 finish(open, report);
             }
-            Far::Tunnel(mut stream) => {
+            Far::Tunnel(Carried::Alone(mut stream)) => {
                 let peer = stream.proof();
                 let report = {
                     let stopped = pin!(stopped_by_either(&open, &peer));
@@ -63,7 +67,96 @@ pub fn outbound(
                 };
                 finish(open, report);
             }
+            // A task of its own is half as large as this one.
+            Far::Tunnel(Carried::Shared(lane)) => {
+                worker.observer.lane_opened(Direction::Outbound);
+                tokio::spawn(outbound_lane(worker, pod, working, app, lane, open));
+            }
         }
+    }
+}
+
+/// An outbound connection on a lane of a shared tunnel.
+#[expect(clippy::manual_async_fn, reason = "as above")]
+fn outbound_lane(
+    worker: Arc<Worker>,
+    pod: Arc<Pod>,
+    working: Working,
+    app: TcpStream,
+    lane: Lane,
+    open: Connection,
+) -> impl Future<Output = ()> + Send {
+    async move {
+        lane.hold(working);
+        let app = App::new(app, open.counts(), true);
+        let laned = {
+            let peer = lane.proof();
+            let stopped = pin!(stopped_by_either(&open, &peer));
+            let grow = || Some(Box::pin(grow(&worker, &pod, &open, lane.place())) as Growing<'_>);
+            relay::laned(&app, &lane, grow, stopped).await
+        };
+        match laned {
+            Laned::Ended(report) => {
+                finish(open, report);
+            }
+            Laned::Moved(stream) => {
+                worker.observer.lane_left(Direction::Outbound);
+                let working = lane.let_go();
+                drop(lane);
+                Box::pin(through_own(open, &app.socket, stream)).await;
+                drop(working);
+            }
+        }
+    }
+}
+
+/// Relays over a tunnel that no other connection uses.
+async fn through_own(open: Connection, app: &TcpStream, mut stream: tunnel::Stream) {
+    let peer = stream.proof();
+    let report = {
+        let stopped = pin!(stopped_by_either(&open, &peer));
+        relay::tunnelled(app, &mut stream, open.progress(), stopped).await
+    };
+    finish(open, report);
+}
+
+/// A tunnel of its own for a connection that needs more than its lane.
+async fn grow(
+    worker: &Worker,
+    pod: &Pod,
+    open: &Connection,
+    place: tunnel::Place,
+) -> Result<tunnel::Stream, tunnel::Error> {
+    let Flow { source, destination, address, .. } = open.flow();
+    let identity = source.identity.as_ref().and_then(|id| worker.identities.current(id));
+    let (Some(identity), Some(expected)) = (identity, &destination.identity) else {
+        return Err(tunnel::Error::NotAdopted("there is no certificate for it now".into()));
+    };
+    let target = target(pod, &identity, expected, *address);
+    let adopted = worker.connector.adopt(target, place, || pod.socket.socket(target.address)).await;
+    match &adopted {
+        Ok(stream) if stream.reused() => {}
+        Ok(stream) => worker.count_tunnel(Direction::Outbound, false, stream.resumed()),
+        Err(error) => {
+            if let Some(failure) = error.handshake_failure() {
+                worker.observer.handshake_failed(Direction::Outbound, failure);
+            }
+        }
+    }
+    adopted
+}
+
+fn target<'a>(
+    pod: &Pod,
+    identity: &'a Arc<Identity>,
+    expected: &'a SpiffeId,
+    address: SocketAddr,
+) -> tunnel::Target<'a> {
+    tunnel::Target {
+        identity,
+        expected,
+        netns: pod.socket.netns_cookie(),
+        address: SocketAddr::new(address.ip(), capture::TUNNEL_PORT),
     }
 }
 
@@ -75,7 +168,7 @@ struct Opened {
 
 enum Far {
     Plain(TcpStream),
-    Tunnel(tunnel::Stream),
+    Tunnel(Carried),
 }
 
 /// From a captured socket to the far side; `None` once the refusal is recorded.
@@ -166,19 +259,13 @@ async fn through_tunnel(
     let Some(identity) = worker.identities.current(&captured.workload.identity) else {
         return refuse(worker, flow, Refusal::NoCertificate);
     };
-    let target = tunnel::Target {
-        identity: &identity,
-        expected: &expected,
-        address: SocketAddr::new(address.ip(), capture::TUNNEL_PORT),
-        open: tunnel::Open::new(address, captured.source),
-    };
-    let tunnel_port = target.address;
-    let dial = || pod.socket.socket(tunnel_port);
-    match worker.connector.open(target, dial).await {
-        Ok(stream) => {
-            flow.cipher = stream.cipher().suite().as_str();
-            worker.count_tunnel(Direction::Outbound, stream.reused(), stream.resumed());
-            Some(Opened { open: worker.observer.open(flow), far: Far::Tunnel(stream) })
+    let target = target(pod, &identity, &expected, address);
+    let open = tunnel::Open::new(address, captured.source);
+    match worker.connector.carry(target, open, || pod.socket.socket(target.address)).await {
+        Ok(carried) => {
+            flow.cipher = carried.cipher().suite().as_str();
+            worker.count_tunnel(Direction::Outbound, carried.reused(), carried.resumed());
+            Some(Opened { open: worker.observer.open(flow), far: Far::Tunnel(carried) })
         }
         Err(error) => {
             if let Some(failure) = error.handshake_failure() {
@@ -188,142 +275,6 @@ async fn through_tunnel(
             refuse(worker, flow, outcome::no_tunnel(&error))
         }
     }
-}
-
-/// A peer agent dialled an enrolled pod's tunnel port. One tunnel carries one connection after another.
-#[expect(clippy::manual_async_fn, reason = "as above")]
-pub fn inbound(
-    worker: Arc<Worker>,
-    pod: Arc<Pod>,
-    mut working: Working,
-    peer: TcpStream,
-) -> impl Future<Output = ()> + Send {
-    async move {
-        let Ok(from) = peer.peer_addr().map(canonical) else { return };
-        let workload = pod.workload.load_full();
-        let Some(identity) = worker.identities.current(&workload.identity) else {
-            tracing::warn!(pod = pod.socket.name(), %from, "tunnel refused: no certificate for this pod yet");
-            return reset(peer);
-        };
-        let accepted = Box::pin(worker.acceptor.accept(peer, &identity)).await;
-        drop(identity);
-        let mut tunnel = match accepted {
-            Ok(tunnel) => tunnel,
-            Err(error) => {
-                tracing::info!(pod = pod.socket.name(), %from, %error, "tunnel refused");
-                if let Some(failure) = error.handshake_failure() {
-                    worker.observer.handshake_failed(Direction::Inbound, failure);
-                }
-                return;
-            }
-        };
-        let mut reused = false;
-        let resumed = tunnel.resumed();
-        loop {
-            let next = tokio::select! {
-                next = tunnel.next() => next,
-                () = working.stopping() => return tunnel.close(),
-            };
-            match next {
-                Ok(Some(request)) => {
-                    worker.count_tunnel(Direction::Inbound, std::mem::replace(&mut reused, true), resumed);
-                    let clean = match Box::pin(open_inbound(&worker, &pod, from, request)).await {
-                        Ok(Admitted { app, stream, open }) => {
-                            let peer = stream.proof();
-                            let report = {
-                                let stopped = pin!(stopped_by_either(&open, &peer));
-                                relay::tunnelled(&app, stream, open.progress(), stopped).await
-                            };
-                            finish(open, report)
-                        }
-                        Err(usable) => usable,
-                    };
-                    if !clean {
-                        return;
-                    }
-                }
-                Ok(None) => return,
-                Err(error) => {
-                    tracing::info!(pod = pod.socket.name(), %from, %error, "tunnel ended");
-                    if matches!(error, tunnel::Error::Protocol(_)) {
-                        unplaced::broke_protocol(&worker, &pod, from, &tunnel);
-                    }
-                    return;
-                }
-            }
-        }
-    }
-}
-
-/// A stream that was let in, and the application it was delivered to.
-struct Admitted<'a> {
-    app: TcpStream,
-    stream: &'a mut tunnel::Stream,
-    open: Connection,
-}
-
-/// One connection out of a tunnel: authorize and deliver. When it is refused, says whether the tunnel can carry another.
-async fn open_inbound<'a>(
-    worker: &Worker,
-    pod: &Pod,
-    from: SocketAddr,
-    request: tunnel::Request<'a>,
-) -> Result<Admitted<'a>, bool> {
-    let workload = pod.workload.load_full();
-    let open = request.open();
-    let (source, address) = (open.source, open.destination);
-    let claimed = worker.mesh.current().workload(source.ip()).cloned();
-    let flow = Flow {
-        direction: Direction::Inbound,
-        path: Path::Tunnel,
-        source: Party { workload: claimed, identity: Some(request.peer().clone()) },
-        destination: Party { identity: Some(workload.identity.clone()), workload: Some(workload.clone()) },
-        original_dst: None,
-        address,
-        original_src: source,
-        service: None,
-        cipher: request.cipher().suite().as_str(),
-    };
-    let judged = judge(&worker.mesh.current(), &flow, &workload, from);
-    let delivered = match judged {
-        Ok(permit) => {
-            deliver(worker, pod, address, source, permit).await.map_err(|e| outcome::unreachable(&e))
-        }
-        Err(refusal) => Err(refusal),
-    };
-    match delivered {
-        Ok(app) => {
-            let (_, stream) = request.accept();
-            Ok(Admitted { app, stream, open: worker.observer.open(flow) })
-        }
-        Err(refusal) => {
-            let rejection = outcome::rejection(&refusal);
-            worker.observer.refused(flow, refusal);
-            Err(request.reject(&rejection).await.is_ok())
-        }
-    }
-}
-
-/// Whether a peer whose identity is proven may have what it asks for.
-fn judge(mesh: &Mesh, flow: &Flow, workload: &Workload, from: SocketAddr) -> Result<Authorized, Refusal> {
-    let (Some(peer), source) = (&flow.source.identity, flow.original_src) else {
-        return Err(Refusal::NoCertificate);
-    };
-    if !workload.addresses.contains(&flow.address.ip()) {
-        return Err(Refusal::WrongPod);
-    }
-    // The identity is proven, the address only claimed: it must be the tunnel's own or one of that identity's pods.
-    let claimed = flow.source.workload.as_ref().is_some_and(|workload| workload.identity == *peer);
-    if source.ip() != from.ip() && !claimed {
-        return Err(Refusal::ForgedSource);
-    }
-    let request = Request {
-        destination: workload,
-        address: flow.address,
-        source_ip: source.ip(),
-        peer: Peer::Verified(peer),
-    };
-    mesh.policies.authorize(&request).map_err(Refusal::Denied)
 }
 
 /// Plaintext from outside the mesh that policy must judge before the application sees it.
@@ -474,6 +425,14 @@ mod tests {
     fn a_connection_costs_little_memory_besides_its_sockets() {
         let (outbound, inbound) = (size_of_future(outbound), size_of_future(inbound));
         assert!(outbound <= 1024, "outbound is {outbound} bytes");
-        assert!(inbound <= 1312, "inbound is {inbound} bytes");
+        assert!(inbound <= 1472, "inbound is {inbound} bytes");
+        fn size_of_lane<F>(
+            _: impl Fn(Arc<Worker>, Arc<Pod>, Working, TcpStream, Lane, Connection) -> F,
+        ) -> usize {
+            size_of::<F>()
+        }
+        let (outbound, inbound) = (size_of_lane(outbound_lane), inbound::size_of_lane());
+        assert!(outbound <= 896, "outbound on a lane is {outbound} bytes");
+        assert!(inbound <= 1024, "inbound on a lane is {inbound} bytes");
     }
 }

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 
 use crate::capture::{self, Capture};
 use crate::cni::Admissions;
-use crate::config::{Config, IdentitySource, KernelTls, MeshSource, SameNode};
+use crate::config::{Config, IdentitySource, KernelTls, MeshSource, SameNode, ShareTunnels};
 use crate::control::Control;
 use crate::direct::Direct;
 use crate::door::Door;
@@ -86,6 +86,10 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         kernel,
         kernel_rekey: chosen.uses(Choice::KtlsRekey),
         congestion: config.tunnel_congestion.clone(),
+        share_after: match config.share_tunnels {
+            ShareTunnels::Auto => usual.share_after,
+            ShareTunnels::Off => None,
+        },
         ..usual
     });
     tunnel.check()?;

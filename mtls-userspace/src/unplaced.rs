@@ -2,12 +2,13 @@
 
 use std::net::SocketAddr;
 
+use rustls::SupportedCipherSuite;
 use tokio::net::TcpStream;
 
 use crate::addr::{OriginalSrc, canonical};
 use crate::capture;
+use crate::identity::SpiffeId;
 use crate::observe::{Direction, Flow, Party, Path, Refusal};
-use crate::tunnel;
 use crate::worker::{Pod, Worker};
 
 /// The kernel half recorded nothing: there is nowhere to send the connection.
@@ -30,7 +31,13 @@ pub fn not_captured(worker: &Worker, pod: &Pod, app: &TcpStream) {
 }
 
 /// A peer that has proven who it is broke the protocol before it named a destination.
-pub fn broke_protocol(worker: &Worker, pod: &Pod, from: SocketAddr, tunnel: &tunnel::ServerTunnel) {
+pub fn broke_protocol(
+    worker: &Worker,
+    pod: &Pod,
+    from: SocketAddr,
+    peer: &SpiffeId,
+    cipher: SupportedCipherSuite,
+) {
     let workload = pod.workload.load_full();
     let Some(ip) = workload.addresses.iter().find(|ip| ip.is_ipv4() == from.is_ipv4()).copied() else {
         return;
@@ -40,14 +47,14 @@ pub fn broke_protocol(worker: &Worker, pod: &Pod, from: SocketAddr, tunnel: &tun
         path: Path::Tunnel,
         source: Party {
             workload: worker.mesh.current().workload(from.ip()).cloned(),
-            identity: Some(tunnel.peer().clone()),
+            identity: Some(peer.clone()),
         },
         destination: Party { identity: Some(workload.identity.clone()), workload: Some(workload) },
         original_dst: None,
         address: SocketAddr::new(ip, capture::TUNNEL_PORT),
         original_src: OriginalSrc::new(from),
         service: None,
-        cipher: tunnel.cipher().suite().as_str(),
+        cipher: cipher.suite().as_str(),
     };
     worker.observer.refused(flow, Refusal::Protocol);
 }

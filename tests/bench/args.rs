@@ -39,6 +39,9 @@ pub struct Args {
     /// Congestion control of our tunnels alone [default: as above]
     #[arg(long, value_name = "NAME")]
     pub tunnel_congestion: Option<String>,
+    /// A further flag of our agents, as `--agent-flag=--share-tunnels=off`; may be given several times
+    #[arg(long, value_name = "FLAG", allow_hyphen_values = true)]
+    pub agent_flag: Vec<String>,
     /// Another mTLS proxy to measure beside ours, as a pair; may be given several times
     #[arg(long)]
     pub peer: Vec<PeerName>,

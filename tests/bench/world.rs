@@ -85,7 +85,7 @@ impl World {
         for lab in [&meshed, &bare] {
             tune(lab, args.congestion_control.as_deref())?;
         }
-        let mesh = start_mesh(&meshed, args.tunnel_congestion.as_deref())?;
+        let mesh = start_mesh(&meshed, args)?;
         let mut servers = Vec::new();
         let mtls = mtls()?.to_string_lossy().into_owned();
         for way in ways.iter().chain(&neighbours) {
@@ -273,9 +273,9 @@ fn tune(lab: &Lab, congestion_control: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-fn start_mesh(lab: &Lab, tunnel_congestion: Option<&str>) -> Result<Mesh> {
-    let flags = tunnel_congestion.map(|name| ["--tunnel-congestion".to_owned(), name.to_owned()]);
-    let node_flags = flags.into_iter().flatten().collect();
+fn start_mesh(lab: &Lab, args: &Args) -> Result<Mesh> {
+    let congestion = args.tunnel_congestion.as_ref().map(|name| format!("--tunnel-congestion={name}"));
+    let node_flags = congestion.into_iter().chain(args.agent_flag.iter().cloned()).collect();
     let mut mesh = Mesh::start_with(lab, &Options { node_flags, ..Options::default() })?;
     for (node, mode) in [("node-b", "encrypt"), ("node-c", "direct")] {
         let agent = mesh.agent(node);

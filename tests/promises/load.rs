@@ -90,6 +90,71 @@ fn ended_connections_leave_a_tunnel_for_the_next() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn connections_that_say_little_share_tunnels_and_a_fast_one_gets_its_own() -> Result<()> {
+    needs!();
+    let mut scene = Scene::new()?;
+    let _echo = scene.server.serve(&["echo", "--listen", "[::]:7000"])?;
+    let _sum = scene.server.serve(&["sum", "--listen", "[::]:7001"])?;
+    let wire = scene.lab.watch_wire()?;
+    let [talk, bulk] = [7000, 7001].map(|port| scene.server.addr(port).to_string());
+    let mut holder = scene.far.start_app(&["dial", "hold", &talk, "--connections", "200"])?;
+    let open = holder.json_with("open")?;
+    assert_eq!(open["echoed"], 1000, "{open}");
+    let lanes = |scene: &mut Scene, node: &str, what: &str| -> Result<f64> {
+        Ok(scene.mesh.agent(node).metrics()?.sum(&format!("mtls_lanes_{what}_total"), &[]))
+    };
+    for node in ["node-a", "node-b"] {
+        let opened = lanes(&mut scene, node, "opened")?;
+        assert!(opened > 150.0, "{node} says {opened}");
+        assert_eq!(lanes(&mut scene, node, "left")?, 0.0);
+    }
+    // Beside those that are open there is one for each of these; all but the first of a data thread leave a lane.
+    for _ in 0..8 {
+        let sent = scene.far.app(&["dial", "upload", &bulk, "--bytes", "40000000"])?;
+        assert!(sent["match"] == true && sent["ended"] == "eof", "{sent}");
+    }
+    for node in ["node-a", "node-b"] {
+        let left = lanes(&mut scene, node, "left")?;
+        assert!(left >= 1.0, "{node} says {left}");
+    }
+    holder.say("again")?;
+    let answer = holder.finish()?.success()?.json()?;
+    assert_eq!(answer["again"], 1000, "{answer}");
+    let [out, into] = [("node-a", "outbound"), ("node-b", "inbound")].map(|(node, direction)| {
+        let metrics = scene.mesh.agent(node).metrics();
+        metrics.map(|metrics| metrics.sum("mtls_tunnels_opened_total", &[("direction", direction)]))
+    });
+    assert_eq!(out?, into?, "each tunnel is counted once at either end");
+    let tunnels = wire.finish()?.encrypted(&scene.far, &scene.server)?.connections;
+    assert!(tunnels < 30, "208 connections took {tunnels} tunnels");
+    Ok(())
+}
+
+#[test]
+fn nothing_is_shared_where_that_is_turned_off() -> Result<()> {
+    needs!();
+    let mut scene = Scene::new()?;
+    for node in ["node-a", "node-b"] {
+        let agent = scene.mesh.agent(node);
+        agent.kill();
+        agent.args().push("--share-tunnels=off".into());
+        agent.start()?;
+        agent.await_ready()?;
+    }
+    let _echo = scene.server.serve(&["echo", "--listen", "[::]:7000"])?;
+    let to = scene.server.addr(7000).to_string();
+    let mut holder = scene.far.start_app(&["dial", "hold", &to, "--connections", "50"])?;
+    let open = holder.json_with("open")?;
+    assert_eq!(open["echoed"], 250, "{open}");
+    let metrics = scene.mesh.agent("node-a").metrics()?;
+    assert_eq!(metrics.sum("mtls_lanes_opened_total", &[]), 0.0);
+    assert!(metrics.sum("mtls_tunnels_opened_total", &[("direction", "outbound")]) >= 50.0);
+    holder.say("again")?;
+    holder.finish()?.success()?;
+    Ok(())
+}
+
 fn resident(scene: &mut Scene, node: &str) -> Result<u64> {
     scene.mesh.agent(node).resident_bytes()
 }

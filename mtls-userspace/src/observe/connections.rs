@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use super::Observer;
 use super::flow::{Direction, Ending, Flow, Path};
 use super::traffic::Reports;
-use crate::relay::Progress;
+use crate::relay::{Counts, Progress};
 
 const SHARDS: usize = 16;
 
@@ -55,6 +55,12 @@ impl Open {
             |folded: &AtomicU64, now: u64| now.saturating_sub(folded.fetch_max(now, Ordering::Relaxed));
         let (sent, received) = (delta(&self.folded.sent, sent), delta(&self.folded.received, received));
         self.reports.each().for_each(|counts| counts.add_bytes(sent, received));
+    }
+}
+
+impl Counts for Open {
+    fn progress(&self) -> &Progress {
+        &self.progress
     }
 }
 
@@ -137,6 +143,11 @@ impl Connection {
     /// What the relay moves as bytes pass.
     pub fn progress(&self) -> &Progress {
         &self.open.progress
+    }
+
+    /// The same, for who moves bytes outside of the connection's own task.
+    pub fn counts(&self) -> Arc<dyn Counts> {
+        self.open.clone()
     }
 
     /// Takes up bytes that were counted by somebody else: they are part of the connection, not of these metrics.

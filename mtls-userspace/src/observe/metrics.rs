@@ -43,6 +43,8 @@ pub(super) struct Events {
     pub handshake_failures: Family<HandshakeFailureLabels, Counter>,
     pub tunnels_opened: Family<DirectionLabels, Counter>,
     pub tunnels_reused: Family<DirectionLabels, Counter>,
+    pub lanes_opened: Family<DirectionLabels, Counter>,
+    pub lanes_left: Family<DirectionLabels, Counter>,
     pub tunnel_connections: Family<RecordsLabels, Counter>,
     pub revoked: Counter,
     pub refused_total: AtomicU64,
@@ -158,6 +160,8 @@ impl Events {
             handshake_failures: Family::default(),
             tunnels_opened: Family::default(),
             tunnels_reused: Family::default(),
+            lanes_opened: Family::default(),
+            lanes_left: Family::default(),
             tunnel_connections: Family::default(),
             revoked: Counter::default(),
             refused_total: AtomicU64::new(0),
@@ -182,6 +186,16 @@ impl Events {
             "mtls_tunnels_reused",
             "Connections carried by a tunnel that an earlier connection opened",
             self.tunnels_reused.clone(),
+        );
+        registry.register(
+            "mtls_lanes_opened",
+            "Connections that began on a tunnel shared with others",
+            self.lanes_opened.clone(),
+        );
+        registry.register(
+            "mtls_lanes_left",
+            "Connections that were moved from a shared tunnel to one of their own, because they became fast",
+            self.lanes_left.clone(),
         );
         registry.register(
             "mtls_tunnel_connections",

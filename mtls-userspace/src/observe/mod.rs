@@ -227,6 +227,16 @@ impl Observer {
         self.inner.events.tunnels_reused.get_or_create(&labels).inc();
     }
 
+    pub fn lane_opened(&self, direction: Direction) {
+        let labels = DirectionLabels { direction: direction.as_str() };
+        self.inner.events.lanes_opened.get_or_create(&labels).inc();
+    }
+
+    pub fn lane_left(&self, direction: Direction) {
+        let labels = DirectionLabels { direction: direction.as_str() };
+        self.inner.events.lanes_left.get_or_create(&labels).inc();
+    }
+
     /// Counts a plaintext connection that the kernel half decided alone; `source` is whoever has the address. Those
     /// that come through [`Observer::open`] and [`Observer::refused`] are counted there.
     pub fn plaintext(&self, source: Option<&Workload>, to: &Workload, port: u16, outcome: Plaintext) {

@@ -5,16 +5,21 @@
 //! caller drops the sockets at once when the report is there, and a socket that must be reset is marked so that its
 //! close sends RST.
 
+use std::future::Future;
 use std::io;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::task::{Context, Poll};
 
 use crate::tunnel::{self, Rejection, UNSENT, bound_receive};
 
+mod laned;
 mod pipe;
 mod plain;
 mod tunnelled;
 mod watch;
 
+pub use laned::{App, Counts, Growing, Laned, laned};
 pub(crate) use pipe::Pipe;
 pub use plain::plain;
 pub use tunnelled::tunnelled;
@@ -158,10 +163,10 @@ impl Report {
     }
 }
 
-/// Whether an error on a socket says that its other end is gone.
-fn is_reset(error: &io::Error) -> bool {
-    use io::ErrorKind::*;
-    matches!(error.kind(), ConnectionReset | BrokenPipe | ConnectionAborted | NotConnected | TimedOut)
+/// Lets the worker's other tasks run and its sockets be polled before this one goes on.
+fn yield_turn<T>(cx: &mut Context<'_>) -> Poll<T> {
+    let _ = pin!(tokio::task::yield_now()).poll(cx);
+    Poll::Pending
 }
 
 #[cfg(test)]

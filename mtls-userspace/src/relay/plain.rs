@@ -9,10 +9,10 @@ use std::task::{Context, Poll, ready};
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
-use crate::tunnel::{Buffer, Size, failed, finish_on_close, receive, reset_on_close, send};
+use crate::tunnel::{Buffer, Size, failed, finish_on_close, is_reset, receive, reset_on_close, send};
 
 use super::watch::Watch;
-use super::{End, Progress, Report, TURN, is_reset};
+use super::{End, Progress, Report, TURN};
 
 /// Relays until both directions have ended, one side is reset, or `stop` resolves. Until a clean end both sockets are
 /// marked to be reset when they are closed, by the caller who drops them right after or by the end of the process: an
@@ -34,7 +34,7 @@ pub async fn plain(
             }
             let polled = poll_both(&mut forth, &mut back, progress, cx);
             if polled.is_pending() && watch.is_none() && !(forth.reads() && back.reads()) {
-                watch = Some(Watch::new(a, b, cx));
+                watch = Some(Watch::new([a, b], cx));
                 // The failure may have come before the watch.
                 return poll_both(&mut forth, &mut back, progress, cx);
             }

@@ -14,12 +14,12 @@ use tokio::net::TcpStream;
 
 type Error<'a> = Pin<Box<dyn Future<Output = io::Result<Ready>> + Send + 'a>>;
 
-/// Wakes the task when either socket fails.
-pub(super) struct Watch<'a>([Error<'a>; 2]);
+/// Wakes the task when one of its sockets fails.
+pub(super) struct Watch<'a, const N: usize>([Error<'a>; N]);
 
-impl<'a> Watch<'a> {
-    pub fn new(a: &'a TcpStream, b: &'a TcpStream, cx: &mut Context<'_>) -> Self {
-        let mut watch = Self([a, b].map(|socket| Box::pin(socket.ready(Interest::ERROR)) as Error<'a>));
+impl<'a, const N: usize> Watch<'a, N> {
+    pub fn new(sockets: [&'a TcpStream; N], cx: &mut Context<'_>) -> Self {
+        let mut watch = Self(sockets.map(|socket| Box::pin(socket.ready(Interest::ERROR)) as Error<'a>));
         for error in &mut watch.0 {
             // Who asks looks at the socket itself; this only leaves the waker.
             let _ = error.as_mut().poll(cx);

@@ -13,11 +13,12 @@ use crate::identity::{Identity, SpiffeId};
 
 use super::buffer::HEADROOM;
 use super::codec::{MAX_RANGES, Pulled};
-use super::frame::{MAX_REJECT, Open, Rejection};
+use super::frame::{FrameError, MAX_REJECT, Open, Place, RejectReason, Rejection, SharedId};
 use super::gate::Gate;
 use super::record::{HEADER, TRAILER};
+use super::shared::{Shared, SharedTunnel};
 use super::stream::{Session, Stream};
-use super::{Config, Error, handshake, socket};
+use super::{Config, Error, Violation, handshake, socket};
 
 /// Accepts tunnels. Cheap to clone.
 #[derive(Clone)]
@@ -32,6 +33,11 @@ impl Acceptor {
     }
 
     /// Shakes hands as `identity`; the peer has then proven who it is.
+    /// The tunnel that adopted a stream, to be gone on with when that is over.
+    pub fn resume(&self, stream: Stream, identity: &SpiffeId) -> ServerTunnel {
+        ServerTunnel { stream, config: self.config.clone(), ours: identity.clone() }
+    }
+
     pub async fn accept(&self, tcp: TcpStream, identity: &Arc<Identity>) -> Result<ServerTunnel, Error> {
         let config = &*self.config;
         let configs = config.tls.of(identity)?;
@@ -50,7 +56,11 @@ impl Acceptor {
             peer: established.peer,
             resumed: established.resumed,
         });
-        Ok(ServerTunnel { stream: Stream::serve(session), config: self.config.clone() })
+        Ok(ServerTunnel {
+            stream: Stream::serve(session),
+            config: self.config.clone(),
+            ours: identity.svid.id.clone(),
+        })
     }
 }
 
@@ -58,9 +68,15 @@ impl Acceptor {
 pub struct ServerTunnel {
     stream: Stream,
     config: Arc<Config>,
+    ours: SpiffeId,
 }
 
 impl ServerTunnel {
+    /// The stream that it carries.
+    pub fn stream(&mut self) -> &mut Stream {
+        &mut self.stream
+    }
+
     pub fn peer(&self) -> &SpiffeId {
         self.stream.peer()
     }
@@ -78,19 +94,62 @@ impl ServerTunnel {
     ///
     /// What a rejected client had under way is read and thrown away here.
     pub async fn next(&mut self) -> Result<Option<Request<'_>>, Error> {
-        match self.next_open().await {
-            Ok(Some(open)) => Ok(Some(Request { open, stream: &mut self.stream })),
-            Ok(None) => Ok(None),
-            Err(error) => {
-                self.stream.reset();
-                Err(error)
-            }
+        match self.ask().await? {
+            Some(Asked::Open(open)) => Ok(Some(self.request(open))),
+            // Only who looks after shared tunnels as well can say yes.
+            Some(_) => Err(Error::Busy),
+            None => Ok(None),
         }
     }
 
-    async fn next_open(&mut self) -> Result<Option<Open>, Error> {
+    /// As [`Self::next`], for whoever looks after shared tunnels as well.
+    pub async fn ask(&mut self) -> Result<Option<Asked>, Error> {
+        let asked = self.asked().await;
+        if asked.is_err() {
+            self.stream.reset();
+        }
+        asked
+    }
+
+    /// The stream that [`Self::ask`] told of.
+    pub fn request(&mut self, open: Open) -> Request<'_> {
+        Request { open, stream: &mut self.stream }
+    }
+
+    /// The tunnel has become a shared one.
+    pub fn share(self, id: SharedId) -> Option<SharedTunnel> {
+        let Self { stream, config, ours } = self;
+        let shared = Shared::serve(id, stream.into_session()?);
+        config.served.insert(&ours, &shared);
+        Some(SharedTunnel::new(shared, config.idle_server))
+    }
+
+    /// Gives this tunnel to the stream that is to go on here; gives it back if there is none, which the client is told.
+    pub async fn adopt(self, place: Place) -> Result<Option<Self>, Error> {
+        let Self { stream, config, ours } = self;
+        let found = config.served.find(&ours, stream.peer(), &place);
+        let Some(mut session) = stream.into_session() else { return Ok(None) };
+        session.codec.incoming.release_if_empty();
+        if !session.codec.incoming.is_empty() {
+            return Err(Violation::Frame(FrameError::OutOfOrder("early")).into());
+        }
+        let session = match found {
+            Some(shared) => match shared.adopt(place.lane, session) {
+                Ok(()) => return Ok(None),
+                Err(session) => session,
+            },
+            None => session,
+        };
+        let mut refused = Self { stream: Stream::serve(session), config, ours };
+        let rejection = Rejection::new(RejectReason::Unavailable, "no such stream on this agent");
+        refuse(&mut refused.stream, &rejection).await?;
+        Ok(Some(refused))
+    }
+
+    async fn asked(&mut self) -> Result<Option<Asked>, Error> {
         let peer = self.stream.proof();
         let distrusted = |failure| Error::Distrusted { peer: peer.id().clone(), failure };
+        let fit = |asked| peer.unfit().map_or(Ok(Some(asked)), |failure| Err(distrusted(failure)));
         let (tcp, codec) = self.stream.split();
         loop {
             if codec.order.closed() {
@@ -100,10 +159,10 @@ impl ServerTunnel {
                 return Err(Error::Busy);
             }
             match codec.pull()? {
-                Pulled::Open(open) => {
-                    return peer.unfit().map_or(Ok(Some(open)), |failure| Err(distrusted(failure)));
-                }
-                Pulled::Closed => return Ok(None),
+                Pulled::Open(open) => return fit(Asked::Open(open)),
+                Pulled::Share(id) => return fit(Asked::Share(id)),
+                Pulled::Adopt(place) => return fit(Asked::Adopt(place)),
+                Pulled::Closed | Pulled::Adopted => return Ok(None),
                 // A client that was refused meanwhile: what follows is no longer told apart from a next stream.
                 Pulled::Raw => return Ok(None),
                 Pulled::Fin => continue,
@@ -176,11 +235,26 @@ impl<'a> Request<'a> {
 
     /// Refuses the stream. The tunnel stays usable: go on with [`ServerTunnel::next`].
     pub async fn reject(self, rejection: &Rejection) -> Result<(), Error> {
-        let (tcp, codec) = self.stream.split();
-        let mut record = [0; HEADROOM + HEADER + MAX_REJECT + TRAILER];
-        let start = codec.seal_head(&mut record[..HEADROOM])?;
-        let n = codec.seal_reject(&mut record[HEADROOM..], rejection)?;
-        socket::send_all(tcp, &record[start..HEADROOM + n]).await?;
-        Ok(())
+        refuse(self.stream, rejection).await
     }
+}
+
+async fn refuse(stream: &mut Stream, rejection: &Rejection) -> Result<(), Error> {
+    let (tcp, codec) = stream.split();
+    let mut record = [0; HEADROOM + HEADER + MAX_REJECT + TRAILER];
+    let start = codec.seal_head(&mut record[..HEADROOM])?;
+    let n = codec.seal_reject(&mut record[HEADROOM..], rejection)?;
+    socket::send_all(tcp, &record[start..HEADROOM + n]).await?;
+    Ok(())
+}
+
+/// What a client does on an idle tunnel.
+#[derive(Debug)]
+pub enum Asked {
+    /// Begins a stream: see [`ServerTunnel::request`].
+    Open(Open),
+    /// Makes the tunnel a shared one: see [`ServerTunnel::share`].
+    Share(SharedId),
+    /// Makes it the tunnel of a stream that a shared one carries: see [`ServerTunnel::adopt`].
+    Adopt(Place),
 }

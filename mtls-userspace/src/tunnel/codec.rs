@@ -9,8 +9,10 @@ use rustls::{AlertDescription, ExtractedSecrets, SupportedCipherSuite};
 use tokio::net::TcpStream;
 
 use super::buffer::{Buffer, HEADROOM, SLOT_DATA, Size};
-use super::frame::{DATA, FIN, Frame, FrameError, MAX_OPEN, MAX_REJECT, Open, RAW, Rejection};
-use super::order::Order;
+use super::frame::{
+    DATA, FIN, Frame, FrameError, MAX_ADOPT, MAX_OPEN, MAX_REJECT, Open, Place, RAW, Rejection, SharedId,
+};
+use super::order::{Order, Version};
 use super::record::{ContentType, HEADER, Opener, Sealer, TRAILER, whole_record};
 use super::schedule::Schedule;
 use super::{Config, Error, Violation, socket};
@@ -30,6 +32,8 @@ pub(crate) const OUR_KEY_UPDATE: [u8; 5] = [KEY_UPDATE, 0, 0, 1, 0];
 const MAX_HANDSHAKE: usize = 64 * 1024;
 /// KeyUpdates a peer may send without a byte of data between them.
 const MAX_KEY_UPDATES: u32 = 32;
+/// A record of a frame that stands alone.
+pub(crate) const SHORT_RECORD: usize = HEADER + MAX_ADOPT + TRAILER;
 /// Plaintext ranges gathered for one write.
 pub(crate) const MAX_RANGES: usize = 64;
 
@@ -138,6 +142,10 @@ pub(crate) enum Pulled {
     Reject(Rejection),
     /// The peer's direction is raw from here on; ours is owed the same.
     Raw,
+    /// The tunnel is a shared one from here on: what is found in its records are lane frames.
+    Share(SharedId),
+    Adopt(Place),
+    Adopted,
     /// The peer's close_notify where it ends no direction.
     Closed,
 }
@@ -170,17 +178,16 @@ impl Codec {
         secrets: ExtractedSecrets,
         schedule: Schedule,
         incoming: Incoming,
-        raw_agreed: bool,
+        version: Version,
         config: &Config,
     ) -> Result<Self, Error> {
         let role = schedule.role();
         let kernel = config.kernel.contains(&schedule.suite().suite());
-        let order = if raw_agreed { Order::with_raw(role) } else { Order::new(role) };
         Ok(Self {
             sealer: Sealer::new(secrets.tx.0, &secrets.tx.1)?,
             opener: Opener::new(secrets.rx.0, &secrets.rx.1)?,
             schedule,
-            order,
+            order: Order::of_version(role, version),
             incoming,
             open: None,
             raw_owed: false,
@@ -302,6 +309,22 @@ impl Codec {
         Ok(self.sealer.seal(slot, n, ContentType::ApplicationData)?)
     }
 
+    /// Seals the `length` bytes of lane frames that stand behind the room for a record's header; returns the record's
+    /// length.
+    pub fn seal_lanes(&mut self, slot: &mut [u8], length: usize) -> Result<usize, Error> {
+        Ok(self.sealer.seal(slot, length, ContentType::ApplicationData)?)
+    }
+
+    /// Seals a short frame in a record of its own.
+    pub fn seal_frame(&mut self, content: &[u8]) -> Result<([u8; SHORT_RECORD], usize), Error> {
+        let mut record = [0; SHORT_RECORD];
+        if let Some(room) = record.get_mut(HEADER..HEADER + content.len()) {
+            room.copy_from_slice(content);
+        }
+        let n = self.sealer.seal(&mut record, content.len(), ContentType::ApplicationData)?;
+        Ok((record, n))
+    }
+
     pub fn seal_alert(&mut self, description: u8) -> Result<([u8; HEADER + 2 + TRAILER], usize), Error> {
         const FATAL: u8 = 2;
         let mut record = [0; HEADER + 2 + TRAILER];
@@ -334,7 +357,7 @@ impl Codec {
                 ContentType::ApplicationData if !self.handshake.is_empty() => {
                     return Err(Violation::Interleaved.into());
                 }
-                ContentType::ApplicationData if self.order.inbound_raw() => {
+                ContentType::ApplicationData if self.order.inbound_raw() || self.order.is_shared() => {
                     // The kernel's records are never empty, and a peer's that are would cost time and move nothing.
                     if plain.is_empty() {
                         return Err(FrameError::Empty.into());
@@ -356,6 +379,12 @@ impl Codec {
                         Frame::Raw => {
                             self.raw_owed |= self.order.may_go_raw();
                             return Ok(Pulled::Raw);
+                        }
+                        Frame::Share(id) => return Ok(Pulled::Share(id)),
+                        Frame::Adopt(place) => return Ok(Pulled::Adopt(place)),
+                        Frame::Adopted => return Ok(Pulled::Adopted),
+                        Frame::Reset | Frame::Grant(_) | Frame::Leave | Frame::Retire => {
+                            return Err(FrameError::OutOfOrder(frame.name()).into());
                         }
                     }
                 }

@@ -5,7 +5,10 @@
 //! DATA    02  bytes (1 to 16383)                                             both
 //! FIN     03                                                                 both, ends a direction
 //! REJECT  04  code(1)  detail length(1)  detail (UTF-8)                      server, instead of any DATA or FIN
-//! RAW     05  from the next record on, application data is the application's bytes alone   both, `mtls/1.1` only
+//! RAW     05  from the next record on, application data is the application's bytes alone   both, from `mtls/1.1` on
+//! SHARE   06  tunnel id(16)                  client, from `mtls/1.2` on: several streams from here on
+//! ADOPT   07  tunnel id(16)  lane(4)         client, in place of an OPEN: goes on with a stream of a shared tunnel
+//! ADOPTED 08                                 server, instead of a REJECT
 //! address     4 or 6 (1)  4 or 16 bytes  port(2, big-endian)
 //! ```
 //!
@@ -19,6 +22,20 @@
 //! in its own direction, and who hears it answers with RAW unless its direction has ended. A raw direction ends with
 //! the TLS alert close_notify, never by the connection's end alone; a tunnel that carried one is used no more. Agents
 //! agree on it by ALPN: under `mtls/1` there is no RAW.
+//!
+//! After SHARE a record holds any number of lane frames, each one frame of a stream:
+//!
+//! ```text
+//! lane(4)  length(2)  a frame of so many bytes: OPEN, DATA, FIN, REJECT as above, or
+//! RESET   09                                 both, aborts the stream; also behind FIN
+//! GRANT   0a  bytes(4)                       both, so many bytes more may be sent on this lane
+//! LEAVE   0b                                 both, ends a direction here: it goes on where the stream was adopted
+//! RETIRE  0c                                 server, lane ffffffff: no OPEN any more, please
+//! ```
+//!
+//! A lane's last byte is its slot, which is free again when both directions have ended; the rest counts the streams the
+//! slot has had, so that a late RESET hits nobody else. Of each direction [`WINDOW`] bytes may be under way that were not
+//! granted again.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -34,6 +51,12 @@ pub const MAX_TRACE: usize = 128;
 pub const MAX_DETAIL: usize = 255;
 /// Longest encoded OPEN.
 pub const MAX_OPEN: usize = 2 + 2 * 19 + 1 + MAX_TRACE;
+/// Bytes that may be under way in each direction of a lane.
+pub const WINDOW: u32 = 64 * 1024;
+/// What tells the shared tunnels of one peer apart: chosen by the client, at random.
+pub type SharedId = [u8; 16];
+/// Length of an ADOPT, the longest of the frames that stand alone in a record.
+pub(crate) const MAX_ADOPT: usize = 21;
 /// Longest encoded REJECT.
 pub const MAX_REJECT: usize = 3 + MAX_DETAIL;
 
@@ -42,6 +65,13 @@ pub(crate) const DATA: u8 = 2;
 pub(crate) const FIN: u8 = 3;
 pub(crate) const REJECT: u8 = 4;
 pub(crate) const RAW: u8 = 5;
+const SHARE: u8 = 6;
+const ADOPT: u8 = 7;
+pub(crate) const ADOPTED: u8 = 8;
+pub(crate) const RESET: u8 = 9;
+const GRANT: u8 = 10;
+pub(crate) const LEAVE: u8 = 11;
+pub(crate) const RETIRE: u8 = 12;
 const VERSION: u8 = 1;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -56,6 +86,8 @@ pub enum FrameError {
     Malformed(&'static str),
     #[error("{0} frame where the protocol does not allow one")]
     OutOfOrder(&'static str),
+    #[error("more bytes on a lane than were granted, or more granted than the window")]
+    Window,
 }
 
 /// Asks the server to deliver a stream.
@@ -191,6 +223,41 @@ pub enum Frame<'a> {
     Fin,
     Reject(Rejection),
     Raw,
+    Share(SharedId),
+    Adopt(Place),
+    Adopted,
+    Reset,
+    Grant(u32),
+    Leave,
+    Retire,
+}
+
+/// Where on a peer's shared tunnels a stream is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    pub tunnel: SharedId,
+    pub lane: u32,
+}
+
+impl Place {
+    pub(crate) fn encode_adopt(&self) -> [u8; MAX_ADOPT] {
+        let mut out = [ADOPT; MAX_ADOPT];
+        out[1..17].copy_from_slice(&self.tunnel);
+        out[17..].copy_from_slice(&self.lane.to_be_bytes());
+        out
+    }
+}
+
+pub(crate) fn encode_share(id: &SharedId) -> [u8; 17] {
+    let mut out = [SHARE; 17];
+    out[1..].copy_from_slice(id);
+    out
+}
+
+pub(crate) fn encode_grant(bytes: u32) -> [u8; 5] {
+    let mut out = [GRANT; 5];
+    out[1..].copy_from_slice(&bytes.to_be_bytes());
+    out
 }
 
 impl<'a> Frame<'a> {
@@ -200,10 +267,23 @@ impl<'a> Frame<'a> {
         match kind {
             DATA if body.is_empty() => Err(FrameError::Malformed("DATA")),
             DATA => Ok(Self::Data(body)),
-            FIN if body.is_empty() => Ok(Self::Fin),
-            FIN => Err(FrameError::Malformed("FIN")),
-            RAW if body.is_empty() => Ok(Self::Raw),
-            RAW => Err(FrameError::Malformed("RAW")),
+            FIN => bare(body, "FIN", Self::Fin),
+            RAW => bare(body, "RAW", Self::Raw),
+            ADOPTED => bare(body, "ADOPTED", Self::Adopted),
+            RESET => bare(body, "RESET", Self::Reset),
+            LEAVE => bare(body, "LEAVE", Self::Leave),
+            RETIRE => bare(body, "RETIRE", Self::Retire),
+            SHARE => body.try_into().map(Self::Share).map_err(|_| FrameError::Malformed("SHARE")),
+            ADOPT => match body.split_first_chunk::<16>() {
+                Some((&tunnel, &[a, b, c, slot])) => {
+                    Ok(Self::Adopt(Place { tunnel, lane: u32::from_be_bytes([a, b, c, slot]) }))
+                }
+                _ => Err(FrameError::Malformed("ADOPT")),
+            },
+            GRANT => {
+                let bytes = body.try_into().map_err(|_| FrameError::Malformed("GRANT"))?;
+                Ok(Self::Grant(u32::from_be_bytes(bytes)))
+            }
             OPEN => Open::decode(body).map(Self::Open),
             REJECT => Rejection::decode(body).map(Self::Reject),
             other => Err(FrameError::UnknownType(other)),
@@ -217,8 +297,20 @@ impl<'a> Frame<'a> {
             Self::Fin => "FIN",
             Self::Reject(_) => "REJECT",
             Self::Raw => "RAW",
+            Self::Share(_) => "SHARE",
+            Self::Adopt(_) => "ADOPT",
+            Self::Adopted => "ADOPTED",
+            Self::Reset => "RESET",
+            Self::Grant(_) => "GRANT",
+            Self::Leave => "LEAVE",
+            Self::Retire => "RETIRE",
         }
     }
+}
+
+/// A frame that has no body.
+fn bare<'a>(body: &[u8], name: &'static str, frame: Frame<'a>) -> Result<Frame<'a>, FrameError> {
+    if body.is_empty() { Ok(frame) } else { Err(FrameError::Malformed(name)) }
 }
 
 struct Writer<'a> {
@@ -309,6 +401,9 @@ mod tests {
                     prop_assert_eq!(&out[..n], &bytes[..]);
                 }
                 Ok(Frame::Data(data)) => prop_assert_eq!(data, &bytes[1..]),
+                Ok(Frame::Share(id)) => prop_assert_eq!(&encode_share(&id)[..], &bytes[..]),
+                Ok(Frame::Adopt(place)) => prop_assert_eq!(&place.encode_adopt()[..], &bytes[..]),
+                Ok(Frame::Grant(more)) => prop_assert_eq!(&encode_grant(more)[..], &bytes[..]),
                 _ => {}
             }
         }
@@ -318,7 +413,13 @@ mod tests {
     fn frames_that_mean_nothing_are_refused() {
         assert_eq!(Frame::decode(&[]), Err(FrameError::Empty));
         assert_eq!(Frame::decode(&[0]), Err(FrameError::UnknownType(0)));
-        assert_eq!(Frame::decode(&[6, 1]), Err(FrameError::UnknownType(6)));
+        assert_eq!(Frame::decode(&[13, 1]), Err(FrameError::UnknownType(13)));
+        assert_eq!(Frame::decode(&[SHARE, 1]), Err(FrameError::Malformed("SHARE")));
+        assert_eq!(Frame::decode(&[ADOPT; 20]), Err(FrameError::Malformed("ADOPT")));
+        assert_eq!(Frame::decode(&[GRANT, 0, 0, 1]), Err(FrameError::Malformed("GRANT")));
+        for bare in [ADOPTED, RESET, LEAVE, RETIRE] {
+            assert!(Frame::decode(&[bare]).is_ok() && Frame::decode(&[bare, 0]).is_err());
+        }
         assert_eq!(Frame::decode(&[RAW, 1]), Err(FrameError::Malformed("RAW")));
         assert_eq!(Frame::decode(&[DATA]), Err(FrameError::Malformed("DATA")));
         assert_eq!(Frame::decode(&[FIN, 0]), Err(FrameError::Malformed("FIN")));

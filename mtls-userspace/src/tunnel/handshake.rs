@@ -14,12 +14,12 @@ use tokio::net::TcpStream;
 use crate::identity::Identity;
 
 use super::codec::{Codec, Incoming};
-use super::order::Role;
+use super::order::{Role, Version};
 use super::peers::Peer;
 use super::record::{HEADER, MAX_RECORD, RecordError};
 use super::schedule::{Heard, Schedule};
 use super::socket;
-use super::tls::{ALPN, ALPN_RAW, Configs};
+use super::tls::{Configs, agreed};
 use super::verify::HandshakeFailure;
 use super::{Config, Error, Violation};
 
@@ -42,9 +42,9 @@ pub(crate) async fn client(
         Box::new(UnbufferedClientConnection::new(configs.client.clone(), name).map_err(Error::tls)?);
     let (incoming, heard) = drive(tcp, &mut *connection).await?;
     let proven = outcome(&connection, identity, config, Role::Server);
-    let raw = connection.alpn_protocol() == Some(ALPN_RAW);
+    let version = agreed(connection.alpn_protocol()).unwrap_or(Version::Plain);
     let (secrets, kernel) = connection.dangerous_into_kernel_connection().map_err(Error::tls)?;
-    let codec = Codec::new(secrets, Schedule::client(heard, kernel)?, incoming, raw, config)?;
+    let codec = Codec::new(secrets, Schedule::client(heard, kernel)?, incoming, version, config)?;
     established(tcp, codec, proven)
 }
 
@@ -58,10 +58,10 @@ pub(crate) async fn server(
         Box::new(UnbufferedServerConnection::new(configs.server.clone()).map_err(Error::tls)?);
     let (incoming, heard) = drive(tcp, &mut *connection).await?;
     let proven = outcome(&connection, identity, config, Role::Client);
-    let raw = connection.alpn_protocol() == Some(ALPN_RAW);
+    let version = agreed(connection.alpn_protocol()).unwrap_or(Version::Plain);
     let suite = connection.negotiated_cipher_suite().ok_or(RecordError::UnusableKey)?;
     let (secrets, _) = connection.dangerous_into_kernel_connection().map_err(Error::tls)?;
-    let codec = Codec::new(secrets, Schedule::server(heard, suite)?, incoming, raw, config)?;
+    let codec = Codec::new(secrets, Schedule::server(heard, suite)?, incoming, version, config)?;
     established(tcp, codec, proven)
 }
 
@@ -92,7 +92,7 @@ fn outcome(
     config: &Config,
     role: Role,
 ) -> Result<(Peer, bool), Error> {
-    if !connection.alpn_protocol().is_some_and(|protocol| [ALPN, ALPN_RAW].contains(&protocol)) {
+    if agreed(connection.alpn_protocol()).is_none() {
         let source = rustls::Error::NoApplicationProtocol;
         return Err(Error::Handshake { failure: HandshakeFailure::Protocol, source });
     }

@@ -1,12 +1,15 @@
 //! The tunnel: an identity and a peer's address in, an authenticated [`Stream`] out, and the same from the other end.
 //!
 //! `mtls/1` over TLS 1.3 with mutual SPIFFE identities: one application connection at a time on one TLS connection,
-//! which is reused when both directions have ended cleanly. This room proves who the peer is; it never decides what
+//! which is reused when both directions have ended cleanly, or many small ones on a shared one (`shared`). This room proves who the peer is; it never decides what
 //! the peer may do, and never touches the application's socket.
 //!
 //! ```text
 //! client:  Connector::open ─► (pool │ dial, handshake, identity proven) ─► Stream ─► relay ─► pool
-//! server:  Acceptor::accept ─► ServerTunnel::next ─► Request ─► Stream ─► relay ─► next …
+//! server:  Acceptor::accept ─► ServerTunnel::ask ─► Request ─► Stream ─► relay ─► ask …
+//!
+//! shared:  Connector::carry ─► Lane ─► relay ─► (fast: Connector::adopt ─► Stream ─► relay ─► pool)
+//!          ServerTunnel::ask ─► SharedTunnel::next ─► Lane ─► relay ─► (adopted: Stream ─► relay ─► ask …)
 //! ```
 
 use std::io;
@@ -35,20 +38,23 @@ mod peers;
 mod pool;
 mod record;
 mod schedule;
+mod shared;
 mod socket;
 mod stream;
 mod tls;
 mod verify;
 
-pub use acceptor::{Acceptor, Request, ServerTunnel};
-pub use connector::{Connector, Target};
+pub use acceptor::{Acceptor, Asked, Request, ServerTunnel};
+pub use connector::{Carried, Connector, Target};
 pub use frame::{
-    Frame, FrameError, MAX_DETAIL, MAX_OPEN, MAX_REJECT, MAX_TRACE, Open, RejectReason, Rejection,
+    Frame, FrameError, MAX_DETAIL, MAX_OPEN, MAX_REJECT, MAX_TRACE, Open, Place, RejectReason, Rejection,
+    SharedId, WINDOW,
 };
 pub use kernel::RecordCost;
-pub use order::{Order, Role};
+pub use order::{Order, Role, Version};
 pub use peers::{Peer, Peers};
 pub use record::{ContentType, Opener, RecordError, Sealer, whole_record};
+pub use shared::{Lane, LaneRequest, MAX_LANES, Served, SharedTunnel};
 pub use stream::Stream;
 pub use tls::TlsConfigs;
 pub use verify::HandshakeFailure;
@@ -58,9 +64,10 @@ pub(crate) use codec::{Codec, MAX_RANGES, OUR_KEY_UPDATE, Pulled};
 pub(crate) use frame::MAX_DATA;
 pub(crate) use kernel::{receive_record, send_record};
 pub(crate) use record::TRAILER as RECORD_END;
+pub(crate) use shared::{Ending, Failure, Heard, LaneState, Sink};
 pub(crate) use socket::{
-    UNSENT, accepts_congestion, bound_receive, failed, finish_on_close, low_water, receive, receive_vectored,
-    reset_on_close, send, send_vectored,
+    UNSENT, accepts_congestion, bound_receive, failed, finish_on_close, is_reset, low_water, receive,
+    receive_vectored, reset_on_close, send, send_vectored,
 };
 
 /// A tunnel's memory besides its socket, its keys and its peer's certificate.
@@ -87,6 +94,8 @@ pub struct Config {
     pub receive_buffer: Option<usize>,
     /// Congestion control of the tunnels' connections; `None` leaves the host's.
     pub congestion: Option<String>,
+    /// Streams from one pod to another that have a tunnel of their own before others share one; `None` if none share.
+    pub share_after: Option<usize>,
     /// Idle tunnels a worker keeps to one destination, and in all.
     pub idle_per_destination: usize,
     pub idle_total: usize,
@@ -102,6 +111,8 @@ pub struct Config {
     pub tls: TlsConfigs,
     /// Whom the open tunnels lead to.
     pub peers: Peers,
+    /// The shared tunnels that are served.
+    pub served: Served,
 }
 
 impl Config {
@@ -160,6 +171,7 @@ impl Default for Config {
             retransmit: Some(Duration::from_secs(2)),
             receive_buffer: Some(2 << 20),
             congestion: None,
+            share_after: Some(1),
             idle_per_destination: 64,
             idle_total: 1024,
             rekey_after: 1 << 22,
@@ -168,6 +180,7 @@ impl Default for Config {
             kernel_rekey: false,
             tls: TlsConfigs::default(),
             peers: Peers::default(),
+            served: Served::default(),
         }
     }
 }
@@ -251,6 +264,9 @@ pub enum Error {
 
     #[error("the tunnel is in the middle of another stream")]
     Busy,
+
+    #[error("the peer does not let the stream go on in a tunnel of its own: {0}")]
+    NotAdopted(Box<str>),
 }
 
 impl Error {

@@ -19,8 +19,29 @@ enum Direction {
     Ended,
     /// After RAW: no frames, only bytes.
     Raw,
-    /// A raw direction that has ended; the tunnel carries nothing after it.
+    /// A raw direction that has ended, after which the tunnel carries nothing; or a lane's that was aborted.
     Closed,
+    /// The client's ADOPT waits for its answer.
+    Asked,
+    /// After SHARE: lane frames, whose order is kept for each lane.
+    Shared,
+}
+
+/// What both ends agreed on by ALPN, or what this is the order of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Version {
+    /// One stream after the other.
+    Plain,
+    /// RAW may be said.
+    Raw,
+    /// And so may SHARE and ADOPT.
+    Shared,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Scope {
+    Tunnel(Version),
+    Lane,
 }
 
 /// What may come next in each direction of a tunnel, as one end sees it.
@@ -29,18 +50,30 @@ pub struct Order {
     role: Role,
     inbound: Direction,
     outbound: Direction,
-    /// Both ends agreed that RAW may be said.
-    raw: bool,
+    scope: Scope,
 }
 
 impl Order {
     pub fn new(role: Role) -> Self {
-        Self { role, inbound: Direction::Idle, outbound: Direction::Idle, raw: false }
+        Self::of_version(role, Version::Plain)
     }
 
-    /// The order of a tunnel on which RAW was agreed.
-    pub fn with_raw(role: Role) -> Self {
-        Self { raw: true, ..Self::new(role) }
+    pub fn of_version(role: Role, version: Version) -> Self {
+        Self { role, inbound: Direction::Idle, outbound: Direction::Idle, scope: Scope::Tunnel(version) }
+    }
+
+    /// The order of one stream on a shared tunnel.
+    pub fn of_lane(role: Role) -> Self {
+        Self { scope: Scope::Lane, ..Self::new(role) }
+    }
+
+    fn agreed(&self, version: Version) -> bool {
+        matches!(self.scope, Scope::Tunnel(agreed) if agreed >= version)
+    }
+
+    /// Whether both ends know shared tunnels.
+    pub fn may_share(&self) -> bool {
+        self.agreed(Version::Shared)
     }
 
     /// Whether this end is the one that opens streams.
@@ -55,15 +88,29 @@ impl Order {
             Role::Client => Role::Server,
             Role::Server => Role::Client,
         };
+        let lane = self.scope == Scope::Lane;
         self.inbound = match (sender, frame, self.inbound) {
             (Role::Client, Frame::Open(_), Idle) => {
                 self.outbound = Begun;
                 Begun
             }
+            (Role::Client, Frame::Adopt(_), Idle) if self.may_share() => {
+                self.outbound = Begun;
+                Begun
+            }
+            (Role::Client, Frame::Share(_), Idle) if self.may_share() => {
+                self.outbound = Shared;
+                Shared
+            }
+            (Role::Server, Frame::Adopted, Asked) => Flowing,
+            (Role::Server, Frame::Reject(_), Asked) => Ended,
+            (_, Frame::Leave, Begun | Flowing) if lane => Ended,
+            (_, Frame::Reset, Begun | Flowing | Ended) if lane => Closed,
+            (_, Frame::Grant(_), any) if lane && any != Idle => any,
             (_, Frame::Data(_), Begun | Flowing) => Flowing,
             (_, Frame::Fin, Begun | Flowing) => Ended,
             (Role::Server, Frame::Reject(_), Begun) => Ended,
-            (_, Frame::Raw, Begun | Flowing) if self.raw => Raw,
+            (_, Frame::Raw, Begun | Flowing) if self.agreed(Version::Raw) => Raw,
             _ => return Err(FrameError::OutOfOrder(frame.name())),
         };
         Ok(())
@@ -72,6 +119,20 @@ impl Order {
     /// A client begins a stream.
     pub fn opened(&mut self) {
         (self.inbound, self.outbound) = (Direction::Begun, Direction::Begun);
+    }
+
+    /// A client asks for a stream of a shared tunnel.
+    pub fn asked_to_adopt(&mut self) {
+        (self.inbound, self.outbound) = (Direction::Asked, Direction::Begun);
+    }
+
+    /// A client makes the tunnel a shared one.
+    pub fn sent_share(&mut self) {
+        (self.inbound, self.outbound) = (Direction::Shared, Direction::Shared);
+    }
+
+    pub fn is_shared(&self) -> bool {
+        self.inbound == Direction::Shared
     }
 
     pub fn sent_data(&mut self) {
@@ -85,9 +146,14 @@ impl Order {
         self.outbound = if self.outbound == Direction::Raw { Direction::Closed } else { Direction::Ended };
     }
 
+    /// We have aborted a lane's stream.
+    pub fn sent_reset(&mut self) {
+        self.outbound = Direction::Closed;
+    }
+
     /// Whether our direction may become raw now.
     pub fn may_go_raw(&self) -> bool {
-        self.raw && matches!(self.outbound, Direction::Begun | Direction::Flowing)
+        self.agreed(Version::Raw) && matches!(self.outbound, Direction::Begun | Direction::Flowing)
     }
 
     pub fn sent_raw(&mut self) {
@@ -119,7 +185,7 @@ impl Order {
     /// Whether both directions have ended and the tunnel with them, because one was raw.
     pub fn closed(&self) -> bool {
         let raw = [self.inbound, self.outbound].contains(&Direction::Closed);
-        raw && self.inbound_ended() && self.outbound_ended()
+        raw && self.is_over()
     }
 
     /// Whether nothing of ours has been sent on this stream yet.
@@ -133,6 +199,11 @@ impl Order {
 
     pub fn inbound_ended(&self) -> bool {
         matches!(self.inbound, Direction::Ended | Direction::Closed)
+    }
+
+    /// Whether both directions have ended.
+    pub fn is_over(&self) -> bool {
+        self.inbound_ended() && self.outbound_ended()
     }
 
     pub fn idle(&self) -> bool {
@@ -154,18 +225,24 @@ mod tests {
 
     use super::*;
     use crate::addr::OriginalSrc;
-    use crate::tunnel::frame::{Open, RejectReason, Rejection};
+    use crate::tunnel::frame::{Open, Place, RejectReason, Rejection};
 
     proptest! {
         /// Whatever a peer sends, a direction ends once and nothing follows its end.
         #[test]
-        fn a_direction_ends_exactly_once(kinds in prop::collection::vec(0..6u8, 0..30), server: bool, raw: bool) {
+        fn a_direction_ends_exactly_once(kinds in prop::collection::vec(0..9u8, 0..30), server: bool, scope in 0..4u8) {
             let role = if server { Role::Server } else { Role::Client };
-            let mut order = if raw { Order::with_raw(role) } else { Order::new(role) };
+            let mut order = match scope {
+                0 => Order::new(role),
+                1 => Order::of_version(role, Version::Raw),
+                2 => Order::of_version(role, Version::Shared),
+                _ => Order::of_lane(role),
+            };
+            let (raw, lane) = (matches!(scope, 1 | 2), scope == 3);
             if !server {
                 order.opened();
             }
-            let mut ended = false;
+            let (mut ended, mut aborted) = (false, false);
             for kind in kinds {
                 let frame = match kind {
                     0 => Frame::Open(Open::new(([10, 0, 0, 1], 80).into(), OriginalSrc::new(([10, 0, 0, 2], 9).into()))),
@@ -173,6 +250,9 @@ mod tests {
                     2 => Frame::Fin,
                     3 => Frame::Reject(Rejection::new(RejectReason::Denied, "")),
                     4 => Frame::Raw,
+                    5 => Frame::Reset,
+                    6 => Frame::Leave,
+                    7 => Frame::Adopted,
                     _ => {
                         ended |= order.received_close();
                         prop_assert_eq!(order.inbound_ended(), ended);
@@ -181,10 +261,14 @@ mod tests {
                 };
                 let was_raw = order.inbound_raw();
                 let accepted = order.received(&frame).is_ok();
-                prop_assert!(!(ended && accepted), "{} after the end", frame.name());
+                let abort = lane && frame == Frame::Reset;
+                prop_assert!(!(ended && accepted) || (abort && !aborted), "{} after the end", frame.name());
+                aborted |= abort && accepted;
                 prop_assert!(!(was_raw && accepted), "{} after RAW", frame.name());
                 prop_assert!(raw || !order.inbound_raw());
-                if accepted && matches!(frame, Frame::Fin | Frame::Reject(_)) {
+                prop_assert!(lane || !accepted || !matches!(frame, Frame::Reset | Frame::Leave));
+                prop_assert!(!accepted || frame != Frame::Adopted, "nobody asked for it");
+                if accepted && matches!(frame, Frame::Fin | Frame::Reject(_) | Frame::Reset | Frame::Leave) {
                     ended = true;
                 }
                 prop_assert_eq!(order.inbound_ended(), ended);
@@ -194,12 +278,12 @@ mod tests {
 
     #[test]
     fn a_tunnel_that_was_raw_in_either_direction_is_never_idle_again() {
-        let mut order = Order::with_raw(Role::Client);
+        let mut order = Order::of_version(Role::Client, Version::Raw);
         order.opened();
         order.received(&Frame::Raw).unwrap();
         order.sent_end();
         assert!(order.received_close() && order.closed() && !order.settle());
-        let mut order = Order::with_raw(Role::Client);
+        let mut order = Order::of_version(Role::Client, Version::Raw);
         order.opened();
         order.sent_raw();
         order.sent_data();
@@ -207,6 +291,27 @@ mod tests {
         assert!(!order.closed());
         order.sent_end();
         assert!(order.closed() && !order.settle() && !order.received_close());
+    }
+
+    #[test]
+    fn only_who_agreed_shares_and_a_shared_tunnel_is_never_idle_again() {
+        let place = Place { tunnel: [7; 16], lane: 1 };
+        for version in [Version::Plain, Version::Raw] {
+            let mut order = Order::of_version(Role::Server, version);
+            assert!(order.received(&Frame::Share([7; 16])).is_err());
+            assert!(order.received(&Frame::Adopt(place)).is_err());
+        }
+        let mut order = Order::of_version(Role::Server, Version::Shared);
+        order.received(&Frame::Share([7; 16])).unwrap();
+        assert!(order.is_shared() && !order.settle() && !order.outbound_ended());
+        assert!(order.received(&Frame::Share([7; 16])).is_err());
+
+        let mut client = Order::of_version(Role::Client, Version::Shared);
+        client.asked_to_adopt();
+        assert!(client.received(&Frame::Data(b"x")).is_err());
+        client.received(&Frame::Adopted).unwrap();
+        assert!(client.received(&Frame::Adopted).is_err());
+        client.received(&Frame::Data(b"x")).unwrap();
     }
 
     #[test]

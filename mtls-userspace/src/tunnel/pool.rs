@@ -1,6 +1,6 @@
 //! Idle tunnels of one worker: sessions whose stream ended cleanly in, live ones out.
 //!
-//! Keyed by who dials (identity and its version) and where to. A tunnel is looked at when it is taken: what the peer
+//! Keyed by who dials (identity and its version), from which pod and where to. A tunnel is looked at when it is taken: what the peer
 //! said meanwhile is read, and one that was closed is never handed out, nor one to a peer whose certificate has run out
 //! or is no longer trusted. A superseded identity version's tunnels are closed, not reused.
 
@@ -19,10 +19,18 @@ use super::socket;
 use super::stream::Session;
 
 /// What tells idle tunnels apart.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Key {
     pub source: SpiffeId,
     pub version: u64,
+    pub road: Road,
+}
+
+/// From which network namespace, by its cookie, to which tunnel port. A tunnel ends with the pod it was dialled from:
+/// another pod of the same identity would end with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Road {
+    pub netns: u64,
     pub address: SocketAddr,
 }
 
@@ -50,7 +58,7 @@ struct Idle {
 #[derive(Default)]
 struct Shelf {
     version: u64,
-    tunnels: HashMap<SocketAddr, Vec<Idle>>,
+    tunnels: HashMap<Road, Vec<Idle>>,
 }
 
 #[derive(Default)]
@@ -82,10 +90,10 @@ impl Pool {
                 if shelf.version != key.version {
                     return None;
                 }
-                let list = shelf.tunnels.get_mut(&key.address)?;
+                let list = shelf.tunnels.get_mut(&key.road)?;
                 let idle = list.pop()?;
                 if list.is_empty() {
-                    shelf.tunnels.remove(&key.address);
+                    shelf.tunnels.remove(&key.road);
                 }
                 shelves.total -= 1;
                 idle
@@ -105,12 +113,12 @@ impl Pool {
             .by_source
             .entry(key.source)
             .or_insert_with(|| Shelf { version: key.version, tunnels: HashMap::new() });
-        let count = shelf.tunnels.get(&key.address).map_or(0, Vec::len);
+        let count = shelf.tunnels.get(&key.road).map_or(0, Vec::len);
         if full || shelf.version != key.version || count >= self.per_destination {
             drop(shelves);
             return close(session);
         }
-        shelf.tunnels.entry(key.address).or_default().push(Idle { session, since: Instant::now() });
+        shelf.tunnels.entry(key.road).or_default().push(Idle { session, since: Instant::now() });
         shelves.total += 1;
         if !shelves.sweeping
             && let Ok(runtime) = tokio::runtime::Handle::try_current()

@@ -54,6 +54,11 @@ pub(crate) fn send(socket: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
     write(socket, bytes.len(), |socket| socket.send_with_flags(bytes, libc::MSG_NOSIGNAL))
 }
 
+/// Sends, asking the kernel even if tokio has not heard yet that there is room.
+pub(crate) fn send_now(socket: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+    retry(SockRef::from(socket), |socket| socket.send_with_flags(bytes, libc::MSG_NOSIGNAL))
+}
+
 /// As [`send`], from several places.
 pub(crate) fn send_vectored(socket: &TcpStream, bytes: &[IoSlice<'_>]) -> io::Result<usize> {
     let length = bytes.iter().map(|slice| slice.len()).sum();
@@ -203,6 +208,12 @@ fn set_number(
 pub(crate) fn bound_receive(socket: &socket2::Socket, bytes: usize) -> io::Result<()> {
     // The kernel doubles what is asked for, to cover its own overhead.
     socket.set_recv_buffer_size(bytes / 2)
+}
+
+/// Whether an error on a socket says that its other end is gone.
+pub(crate) fn is_reset(error: &io::Error) -> bool {
+    use io::ErrorKind::*;
+    matches!(error.kind(), ConnectionReset | BrokenPipe | ConnectionAborted | NotConnected | TimedOut)
 }
 
 /// Whether the kernel has reported an error on the socket that nobody has met in a call yet.

@@ -12,6 +12,7 @@ use super::Codec;
 use super::frame::Open;
 use super::peers::Peer;
 use super::pool::Home;
+use super::shared::Live;
 use super::socket;
 use super::verify::Expected;
 
@@ -29,6 +30,8 @@ pub struct Stream {
     /// Taken only by drop.
     session: Option<Box<Session>>,
     home: Option<Home>,
+    /// Of a client whose streams may share tunnels.
+    live: Option<Live>,
     reused: bool,
     aborted: bool,
 }
@@ -43,12 +46,27 @@ impl Stream {
         reused: bool,
     ) -> Self {
         session.codec.begin(open);
-        Self { session: Some(session), home: Some(home), reused, aborted: false }
+        Self::go_on(session, home, reused)
+    }
+
+    /// A client's stream that another tunnel carried before.
+    pub(crate) fn go_on(session: Box<Session>, home: Home, reused: bool) -> Self {
+        Self { session: Some(session), home: Some(home), live: None, reused, aborted: false }
+    }
+
+    /// Counts this stream among those with a tunnel of their own.
+    pub(crate) fn count(&mut self, live: Live) {
+        self.live = Some(live);
     }
 
     /// A server's tunnel, which carries one stream after the other.
     pub(crate) fn serve(session: Box<Session>) -> Self {
-        Self { session: Some(session), home: None, reused: false, aborted: false }
+        Self { session: Some(session), home: None, live: None, reused: false, aborted: false }
+    }
+
+    /// The tunnel itself, for what is no stream.
+    pub(crate) fn into_session(mut self) -> Option<Box<Session>> {
+        self.session.take()
     }
 
     fn session(&self) -> &Session {

@@ -17,14 +17,24 @@ use rustls_pki_types::PrivateKeyDer;
 use crate::identity::{Identity, SpiffeId, certified};
 
 use super::Error;
+use super::order::Version;
 use super::schedule::Ear;
 use super::verify::Verifier;
 
-pub(crate) const ALPN: &[u8] = b"mtls/1";
-/// As `mtls/1`, and a stream may become raw.
-pub(crate) const ALPN_RAW: &[u8] = b"mtls/1.1";
+/// What an agent offers, the best first.
+const ALPN: [(&[u8], Version); 3] =
+    [(b"mtls/1.2", Version::Shared), (b"mtls/1.1", Version::Raw), (b"mtls/1", Version::Plain)];
 /// Destinations whose sessions one identity remembers.
 const SESSIONS: usize = 1024;
+
+fn offers() -> Vec<Vec<u8>> {
+    ALPN.map(|(name, _)| name.to_vec()).to_vec()
+}
+
+/// What a name that both ends took means.
+pub(crate) fn agreed(name: Option<&[u8]>) -> Option<Version> {
+    ALPN.iter().find(|(known, _)| Some(*known) == name).map(|&(_, version)| version)
+}
 
 /// Both roles of one identity version.
 #[derive(Debug)]
@@ -59,7 +69,7 @@ impl Configs {
             .dangerous()
             .with_custom_certificate_verifier(verifier.clone())
             .with_client_cert_resolver(certified.clone());
-        client.alpn_protocols = vec![ALPN_RAW.to_vec(), ALPN.to_vec()];
+        client.alpn_protocols = offers();
         client.enable_sni = false;
         client.enable_secret_extraction = true;
         client.key_log = Arc::new(Ear);
@@ -70,7 +80,7 @@ impl Configs {
             .map_err(unusable)?
             .with_client_cert_verifier(verifier.clone())
             .with_cert_resolver(certified);
-        server.alpn_protocols = vec![ALPN_RAW.to_vec(), ALPN.to_vec()];
+        server.alpn_protocols = offers();
         server.enable_secret_extraction = true;
         server.key_log = Arc::new(Ear);
         server.ticketer = aws_lc_rs::Ticketer::new().map_err(unusable)?;

@@ -68,8 +68,8 @@ impl Ends {
         let app = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (captured, source) = listener.accept().await.unwrap();
         let open = Open::new(self.echo, OriginalSrc::new(source));
-        let target = Target { identity, expected: &db(), address: self.tunnels, open };
-        let mut stream = self.connector.open(target, dial).await?;
+        let target = Target { identity, expected: &db(), netns: 0, address: self.tunnels };
+        let mut stream = self.connector.open(target, open, dial).await?;
         tokio::spawn(async move {
             tunnelled(&captured, &mut stream, &Progress::default(), std::future::pending()).await;
         });

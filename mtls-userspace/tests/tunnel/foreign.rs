@@ -91,6 +91,8 @@ pub struct Manners {
     pub suite: Option<SupportedCipherSuite>,
     /// Speaks `mtls/1.1`, which has RAW.
     pub raw: bool,
+    /// Speaks `mtls/1.2`, which has shared tunnels.
+    pub shares: bool,
 }
 
 pub async fn client(
@@ -111,7 +113,11 @@ pub async fn client(
         builder.with_client_auth_cert(identity.svid.chain.clone(), key).unwrap()
     };
     if !manners.no_alpn {
-        let protocol: &[u8] = if manners.raw { b"mtls/1.1" } else { b"mtls/1" };
+        let protocol: &[u8] = match manners {
+            Manners { shares: true, .. } => b"mtls/1.2",
+            Manners { raw: true, .. } => b"mtls/1.1",
+            _ => b"mtls/1",
+        };
         config.alpn_protocols = vec![protocol.to_vec()];
     }
     config.enable_secret_extraction = true;

@@ -2,6 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that can't go on fails")]
 
+#[macro_use]
+mod ways;
+
 mod foreign;
 mod interop;
 mod raw;
@@ -10,6 +13,7 @@ mod raw_withheld;
 mod refusals;
 mod resets;
 mod reuse;
+mod shared;
 mod transfers;
 mod trust;
 mod world;

@@ -45,7 +45,8 @@ async fn server(in_kernel: bool, kernel_rekey: bool) -> (Agents, Arc<Identity>) 
     (agents, client)
 }
 
-const SPEAKS_RAW: Manners = Manners { anonymous: false, no_alpn: false, suite: None, raw: true };
+const SPEAKS_RAW: Manners =
+    Manners { anonymous: false, no_alpn: false, suite: None, raw: true, shares: false };
 
 /// A peer's stream that has become raw, and the application behind it.
 async fn raw_stream(agents: &Agents, client: &Arc<Identity>, manners: Manners) -> (ByHand, TcpStream) {

@@ -7,11 +7,16 @@ use mtls::relay::{End, Progress, plain};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::world::{Agents, CLIENT, Ca, SERVER, listen, soon};
+use crate::world::{Agents, listen, soon};
 
-async fn agents() -> Agents {
-    let ca = Ca::new();
-    Agents::start(ca.identity(CLIENT), ca.identity(SERVER)).await
+both_ways! {
+    a_reset_arrives_as_a_reset_in_both_directions,
+    what_was_written_before_a_reset_is_not_held_back,
+    an_answer_before_the_reset_is_still_delivered,
+    a_reset_after_a_half_close_is_noticed_while_nothing_flows,
+    a_reset_is_noticed_while_the_other_side_reads_nothing,
+    an_orderly_close_under_fire_ends_with_a_reset_for_the_writer,
+    a_revoked_connection_is_reset_at_both_ends,
 }
 
 pub fn reset(socket: TcpStream) {
@@ -35,9 +40,7 @@ pub async fn must_be_reset(socket: &mut TcpStream) -> usize {
     }
 }
 
-#[tokio::test]
-async fn a_reset_arrives_as_a_reset_in_both_directions() {
-    let mut agents = agents().await;
+async fn a_reset_arrives_as_a_reset_in_both_directions(mut agents: Agents) {
     let (near, mut far) = soon(agents.connect()).await;
     reset(near);
     must_be_reset(&mut far).await;
@@ -57,9 +60,7 @@ async fn a_reset_arrives_as_a_reset_in_both_directions() {
     assert!(matches!(end, End::AppReset), "{end:?}");
 }
 
-#[tokio::test]
-async fn what_was_written_before_a_reset_is_not_held_back() {
-    let agents = agents().await;
+async fn what_was_written_before_a_reset_is_not_held_back(agents: Agents) {
     let (near, mut far) = soon(agents.connect()).await;
     let mut near = near;
     near.write_all(b"last words").await.unwrap();
@@ -70,9 +71,7 @@ async fn what_was_written_before_a_reset_is_not_held_back() {
 }
 
 /// As when a server answers early and closes with the request unread: the answer arrives, then the reset.
-#[tokio::test]
-async fn an_answer_before_the_reset_is_still_delivered() {
-    let agents = agents().await;
+async fn an_answer_before_the_reset_is_still_delivered(agents: Agents) {
     let (mut near, mut far) = soon(agents.connect()).await;
     near.write_all(&[7; 1000]).await.unwrap();
     soon(far.read_exact(&mut [0; 10])).await.unwrap();
@@ -84,9 +83,7 @@ async fn an_answer_before_the_reset_is_still_delivered() {
     must_be_reset(&mut near).await;
 }
 
-#[tokio::test]
-async fn a_reset_after_a_half_close_is_noticed_while_nothing_flows() {
-    let agents = agents().await;
+async fn a_reset_after_a_half_close_is_noticed_while_nothing_flows(agents: Agents) {
     let (mut near, mut far) = soon(agents.connect()).await;
     near.shutdown().await.unwrap();
     assert_eq!(soon(far.read(&mut [0; 8])).await.unwrap(), 0);
@@ -113,9 +110,7 @@ async fn a_reset_after_a_half_close_is_noticed_while_nothing_flows() {
     }
 }
 
-#[tokio::test]
-async fn a_reset_is_noticed_while_the_other_side_reads_nothing() {
-    let mut agents = agents().await;
+async fn a_reset_is_noticed_while_the_other_side_reads_nothing(mut agents: Agents) {
     let (mut near, far) = soon(agents.connect()).await;
     let block = vec![1; 1 << 20];
     while tokio::time::timeout(Duration::from_millis(300), near.write(&block)).await.is_ok() {}
@@ -126,9 +121,7 @@ async fn a_reset_is_noticed_while_the_other_side_reads_nothing() {
     must_be_reset(&mut far).await;
 }
 
-#[tokio::test]
-async fn an_orderly_close_under_fire_ends_with_a_reset_for_the_writer() {
-    let agents = agents().await;
+async fn an_orderly_close_under_fire_ends_with_a_reset_for_the_writer(agents: Agents) {
     let (mut near, far) = soon(agents.connect()).await;
     drop(far);
     assert_eq!(soon(near.read(&mut [0; 8])).await.unwrap(), 0);
@@ -139,9 +132,7 @@ async fn an_orderly_close_under_fire_ends_with_a_reset_for_the_writer() {
     }
 }
 
-#[tokio::test]
-async fn a_revoked_connection_is_reset_at_both_ends() {
-    let mut agents = agents().await;
+async fn a_revoked_connection_is_reset_at_both_ends(mut agents: Agents) {
     let (mut near, mut far) = soon(agents.connect()).await;
     near.write_all(b"x").await.unwrap();
     soon(far.read_exact(&mut [0])).await.unwrap();

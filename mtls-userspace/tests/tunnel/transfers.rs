@@ -6,16 +6,19 @@ use rand::{Rng, RngCore, SeedableRng};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::world::{Agents, CLIENT, Ca, SERVER, soon};
+use crate::world::{Agents, soon};
 
-async fn agents() -> Agents {
-    let ca = Ca::new();
-    Agents::start(ca.identity(CLIENT), ca.identity(SERVER)).await
+both_ways! {
+    a_question_and_its_answer,
+    a_gibibyte_of_random_writes_arrives_unchanged_both_ways,
+    a_server_may_speak_first,
+    either_side_may_end_its_direction_and_still_receive,
+    few_bytes_behind_many_are_not_kept_back,
+    a_slow_reader_slows_its_writer_and_loses_nothing,
+    many_connections_at_once,
 }
 
-#[tokio::test]
-async fn a_question_and_its_answer() {
-    let mut agents = agents().await;
+async fn a_question_and_its_answer(mut agents: Agents) {
     let (mut near, mut far) = soon(agents.connect()).await;
     near.write_all(b"question").await.unwrap();
     let mut question = [0; 8];
@@ -35,9 +38,7 @@ async fn a_question_and_its_answer() {
     assert_eq!((report.sent, report.received), (8, 6));
 }
 
-#[tokio::test]
-async fn a_server_may_speak_first() {
-    let agents = agents().await;
+async fn a_server_may_speak_first(agents: Agents) {
     let (mut near, mut far) = soon(agents.connect()).await;
     far.write_all(b"220 ready").await.unwrap();
     let mut greeting = [0; 9];
@@ -45,9 +46,7 @@ async fn a_server_may_speak_first() {
     assert_eq!(&greeting, b"220 ready");
 }
 
-#[tokio::test]
-async fn either_side_may_end_its_direction_and_still_receive() {
-    let mut agents = agents().await;
+async fn either_side_may_end_its_direction_and_still_receive(mut agents: Agents) {
     for client_first in [true, false] {
         let (near, far) = soon(agents.connect()).await;
         let (mut first, mut second) = if client_first { (near, far) } else { (far, near) };
@@ -74,9 +73,7 @@ async fn either_side_may_end_its_direction_and_still_receive() {
 }
 
 /// Whoever gathers a fast stream's bytes must hand out those before a pause, and find none of it on the next stream.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn few_bytes_behind_many_are_not_kept_back() {
-    let mut agents = agents().await;
+async fn few_bytes_behind_many_are_not_kept_back(mut agents: Agents) {
     for _ in 0..2 {
         let (mut near, mut far) = soon(agents.connect()).await;
         for _ in 0..3 {
@@ -99,10 +96,8 @@ async fn few_bytes_behind_many_are_not_kept_back() {
 }
 
 /// A gibibyte each way at once, in writes of random size.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_gibibyte_of_random_writes_arrives_unchanged_both_ways() {
+async fn a_gibibyte_of_random_writes_arrives_unchanged_both_ways(agents: Agents) {
     const TOTAL: usize = 1 << 30;
-    let agents = agents().await;
     let (near, far) = soon(agents.connect()).await;
     let (near_read, near_write) = near.into_split();
     let (far_read, far_write) = far.into_split();
@@ -159,9 +154,7 @@ pub async fn read_random(mut from: impl tokio::io::AsyncRead + Unpin, seed: u64,
     assert_eq!(got, total);
 }
 
-#[tokio::test]
-async fn a_slow_reader_slows_its_writer_and_loses_nothing() {
-    let agents = agents().await;
+async fn a_slow_reader_slows_its_writer_and_loses_nothing(agents: Agents) {
     let (mut near, mut far) = soon(agents.connect()).await;
     let block = noise(3);
     let mut written = 0;
@@ -192,9 +185,7 @@ async fn a_slow_reader_slows_its_writer_and_loses_nothing() {
     assert_eq!(got, written);
 }
 
-#[tokio::test]
-async fn many_connections_at_once() {
-    let agents = agents().await;
+async fn many_connections_at_once(agents: Agents) {
     let listener = agents.application;
     tokio::spawn(async move {
         loop {

@@ -3,15 +3,16 @@
 
 use std::net::SocketAddr;
 use std::pin::pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use mtls::addr::OriginalSrc;
 use mtls::identity::{Identity, Revocations, SpiffeId, Svid, TrustBundle};
-use mtls::relay::{Progress, Report, prepare, tunnelled};
+use mtls::relay::{App, End, Growing, Laned, Progress, Report, laned, prepare, tunnelled};
 use mtls::tunnel::{
-    Acceptor, Config, Connector, Error, Open, RejectReason, Rejection, ServerTunnel, Stream, Target,
+    Acceptor, Asked, Carried, Config, Connector, Error, Lane, Open, Peer, RejectReason, Rejection,
+    ServerTunnel, SharedTunnel, Stream, Target,
 };
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer,
@@ -164,6 +165,18 @@ pub struct Agents {
     pub revoke: Arc<Notify>,
     /// Closes the server's idle tunnels.
     pub drain: Arc<Notify>,
+    /// Where the next stream is to go, if not to the application.
+    elsewhere: Arc<Mutex<Option<SocketAddr>>>,
+    refusing: Arc<AtomicBool>,
+}
+
+/// A client whose streams have tunnels of their own.
+pub fn alone() -> Config {
+    sharing(None)
+}
+
+pub fn sharing(share_after: Option<usize>) -> Config {
+    Config { share_after, ..Config::default() }
 }
 
 /// What the server agent answers to a request for this port: a refusal, instead of dialling.
@@ -171,7 +184,14 @@ pub const DENIED_PORT: u16 = 9;
 
 impl Agents {
     pub async fn start(client: Arc<Identity>, server: Arc<Identity>) -> Self {
-        Self::start_with(client, server, Config::default(), Config::default()).await
+        Self::start_with(client, server, alone(), Config::default()).await
+    }
+
+    /// Two that trust each other and share tunnels like this.
+    pub async fn sharing(share_after: Option<usize>) -> Self {
+        let ca = Ca::new();
+        Self::start_with(ca.identity(CLIENT), ca.identity(SERVER), sharing(share_after), Config::default())
+            .await
     }
 
     pub async fn start_with(
@@ -192,38 +212,45 @@ impl Agents {
         let (server_tx, server_reports) = mpsc::unbounded_channel();
         let (revoke, drain) = <(Arc<Notify>, Arc<Notify>)>::default();
 
-        let (counted, resumed, revoked, drained) =
-            (handshakes.clone(), resumptions.clone(), revoke.clone(), drain.clone());
+        let elsewhere = Arc::<Mutex<Option<SocketAddr>>>::default();
+        let refusing = Arc::new(AtomicBool::new(false));
+        let refuses = refusing.clone();
+        let (counted, resumed) = (handshakes.clone(), resumptions.clone());
+        let serving = Serving {
+            acceptor: acceptor.clone(),
+            id: server.svid.id.clone(),
+            reports: server_tx,
+            revoked: revoke.clone(),
+            drained: drain.clone(),
+        };
         tokio::spawn(async move {
             loop {
                 let (tcp, _) = tunnels.accept().await.unwrap();
-                let (acceptor, server, reports) = (acceptor.clone(), server.clone(), server_tx.clone());
+                if refuses.load(Ordering::Relaxed) {
+                    continue;
+                }
+                let (acceptor, server, serving) = (acceptor.clone(), server.clone(), serving.clone());
                 let (counted, resumed) = (counted.clone(), resumed.clone());
-                let (revoked, drained) = (revoked.clone(), drained.clone());
                 tokio::spawn(async move {
                     let Ok(tunnel) = acceptor.accept(tcp, &server).await else { return };
                     counted.fetch_add(1, Ordering::Relaxed);
                     resumed.fetch_add(usize::from(tunnel.resumed()), Ordering::Relaxed);
-                    serve(tunnel, &reports, &revoked, &drained).await;
+                    serving.tunnel(tunnel, None).await;
                 });
             }
         });
 
-        let connecting = connector.clone();
+        let (connecting, diverted) = (connector.clone(), elsewhere.clone());
         tokio::spawn(async move {
             loop {
                 let (app, source) = captured.accept().await.unwrap();
+                let destination = diverted.lock().unwrap().take().unwrap_or(destination);
                 let (connector, client, reports) = (connecting.clone(), client.clone(), client_tx.clone());
                 tokio::spawn(async move {
                     let open = Open::new(destination, OriginalSrc::new(source));
-                    let Ok(mut stream) = open_stream(&connector, &client, inbound, open).await else {
-                        return app.set_zero_linger().unwrap();
-                    };
-                    let peer = stream.proof();
-                    let stop = pin!(async { _ = peer.until_distrusted().await });
-                    let report = tunnelled(&app, &mut stream, &Progress::default(), stop).await;
-                    drop((app, stream));
-                    let _ = reports.send(report);
+                    if let Some(report) = send_off(&connector, &client, inbound, open, app).await {
+                        let _ = reports.send(report);
+                    }
                 });
             }
         });
@@ -240,7 +267,20 @@ impl Agents {
             server_reports,
             revoke,
             drain,
+            elsewhere,
+            refusing,
         }
+    }
+
+    /// An application's connection to this port of the server's, where nobody may be.
+    pub async fn ask_for(&self, port: u16) -> TcpStream {
+        *self.elsewhere.lock().unwrap() = Some(([127, 0, 0, 1], port).into());
+        TcpStream::connect(self.outbound).await.unwrap()
+    }
+
+    /// From here on the server takes no more tunnels.
+    pub fn refuse_tunnels(&self) {
+        self.refusing.store(true, Ordering::Relaxed);
     }
 
     /// An application's connection: its own socket and the one the serving application accepted.
@@ -271,7 +311,45 @@ pub async fn open_stream(
     open: Open,
 ) -> Result<Stream, Error> {
     let expected: SpiffeId = SERVER.parse().unwrap();
-    connector.open(Target { identity: client, expected: &expected, address, open }, dial).await
+    let target = Target { identity: client, expected: &expected, netns: 0, address };
+    connector.open(target, open, dial).await
+}
+
+/// The client agent's half of a connection, wherever it runs; `None` if it could not begin.
+async fn send_off(
+    connector: &Connector,
+    client: &Arc<Identity>,
+    address: SocketAddr,
+    open: Open,
+    app: TcpStream,
+) -> Option<Report> {
+    let expected: SpiffeId = SERVER.parse().unwrap();
+    let target = Target { identity: client, expected: &expected, netns: 0, address };
+    let progress = Arc::new(Progress::default());
+    let (app, stream) = match connector.carry(target, open, dial).await {
+        Ok(Carried::Alone(stream)) => (App::new(app, progress.clone(), true), stream),
+        Ok(Carried::Shared(lane)) => {
+            let app = App::new(app, progress.clone(), true);
+            let peer = lane.proof();
+            let stop = pin!(async { _ = peer.until_distrusted().await });
+            let place = lane.place();
+            let grow = || Some(Box::pin(connector.adopt(target, place, dial)) as Growing<'_>);
+            match laned(&app, &lane, grow, stop).await {
+                Laned::Ended(report) => return Some(report),
+                Laned::Moved(stream) => (app, stream),
+            }
+        }
+        Err(_) => {
+            app.set_zero_linger().unwrap();
+            return None;
+        }
+    };
+    let mut stream = stream;
+    let peer = stream.proof();
+    let stop = pin!(async { _ = peer.until_distrusted().await });
+    let report = tunnelled(&app.socket, &mut stream, &progress, stop).await;
+    drop((app, stream));
+    Some(report)
 }
 
 async fn dial_application(to: SocketAddr) -> std::io::Result<TcpStream> {
@@ -280,45 +358,115 @@ async fn dial_application(to: SocketAddr) -> std::io::Result<TcpStream> {
     tokio::net::TcpSocket::from_std_stream(socket.into()).connect(to).await
 }
 
-async fn serve(
-    mut tunnel: ServerTunnel,
-    reports: &mpsc::UnboundedSender<Report>,
-    revoked: &Notify,
-    drained: &Notify,
-) {
-    loop {
-        let request = tokio::select! {
-            request = tunnel.next() => request,
-            () = drained.notified() => return tunnel.close(),
-        };
-        let Ok(Some(request)) = request else { return };
-        let destination = request.open().destination;
+/// What the server agent does with its tunnels.
+#[derive(Clone)]
+struct Serving {
+    acceptor: Acceptor,
+    id: SpiffeId,
+    reports: mpsc::UnboundedSender<Report>,
+    revoked: Arc<Notify>,
+    drained: Arc<Notify>,
+}
+
+impl Serving {
+    /// The application behind a request, or why there is none.
+    async fn admit(&self, destination: SocketAddr) -> Result<TcpStream, Rejection> {
         if destination.port() == DENIED_PORT {
-            request.reject(&Rejection::new(RejectReason::Denied, "shop/only-front")).await.unwrap();
-            continue;
+            return Err(Rejection::new(RejectReason::Denied, "shop/only-front"));
         }
-        match dial_application(destination).await {
-            Ok(app) => {
-                let (_, stream) = request.accept();
+        let refused = |_| Rejection::new(RejectReason::ConnectionRefused, "port closed");
+        dial_application(destination).await.map_err(refused)
+    }
+
+    async fn tunnel(self, mut tunnel: ServerTunnel, moved: Option<(Arc<App>, Arc<Progress>)>) {
+        let mut admitted = moved;
+        loop {
+            if let Some((app, progress)) = admitted.take() {
+                let stream = tunnel.stream();
                 let peer = stream.proof();
-                let stop = pin!(async {
-                    tokio::select! {
-                        () = revoked.notified() => {}
-                        _ = peer.until_distrusted() => {}
-                    }
-                });
-                let report = tunnelled(&app, stream, &Progress::default(), stop).await;
+                let report = tunnelled(&app.socket, stream, &progress, pin!(self.stop(&peer))).await;
                 drop(app);
-                let clean = matches!(report.end, mtls::relay::End::Clean);
-                let _ = reports.send(report);
+                let clean = matches!(report.end, End::Clean);
+                let _ = self.reports.send(report);
                 if !clean {
                     return;
                 }
             }
-            Err(_) => {
-                let rejection = Rejection::new(RejectReason::ConnectionRefused, "port closed");
-                request.reject(&rejection).await.unwrap();
+            let asked = tokio::select! {
+                asked = tunnel.ask() => asked,
+                () = self.drained.notified() => return tunnel.close(),
+            };
+            match asked {
+                Ok(Some(Asked::Open(open))) => {
+                    let request = tunnel.request(open);
+                    match self.admit(request.open().destination).await {
+                        Ok(app) => {
+                            request.accept();
+                            let progress = Arc::new(Progress::default());
+                            admitted = Some((App::new(app, progress.clone(), false), progress));
+                        }
+                        Err(rejection) => request.reject(&rejection).await.unwrap(),
+                    }
+                }
+                Ok(Some(Asked::Share(id))) => {
+                    return self.shared(tunnel.share(id).unwrap()).await;
+                }
+                Ok(Some(Asked::Adopt(place))) => match tunnel.adopt(place).await {
+                    Ok(Some(refused)) => tunnel = refused,
+                    _ => return,
+                },
+                _ => return,
             }
+        }
+    }
+
+    async fn shared(self, mut shared: SharedTunnel) {
+        let mut draining = false;
+        loop {
+            let request = tokio::select! {
+                request = shared.next() => request,
+                () = self.drained.notified(), if !draining => {
+                    draining = true;
+                    shared.retire();
+                    continue;
+                }
+            };
+            let Ok(Some(request)) = request else { return };
+            let serving = self.clone();
+            tokio::spawn(async move {
+                match serving.admit(request.open.destination).await {
+                    Ok(app) => serving.lane(app, request.lane).await,
+                    Err(rejection) => request.reject(&rejection),
+                }
+            });
+        }
+    }
+
+    #[expect(clippy::manual_async_fn, reason = "it ends in what began it, which must be known to be Send")]
+    fn lane(self, app: TcpStream, lane: Lane) -> impl Future<Output = ()> + Send {
+        async move {
+            let progress = Arc::new(Progress::default());
+            let app = App::new(app, progress.clone(), false);
+            let peer = lane.proof();
+            let laned = laned(&app, &lane, || None, pin!(self.stop(&peer))).await;
+            drop(lane);
+            match laned {
+                Laned::Ended(report) => {
+                    drop(app);
+                    let _ = self.reports.send(report);
+                }
+                Laned::Moved(stream) => {
+                    let tunnel = self.acceptor.resume(stream, &self.id);
+                    Box::pin(self.tunnel(tunnel, Some((app, progress)))).await;
+                }
+            }
+        }
+    }
+
+    async fn stop(&self, peer: &Peer) {
+        tokio::select! {
+            () = self.revoked.notified() => {}
+            _ = peer.until_distrusted() => {}
         }
     }
 }

@@ -4,16 +4,21 @@
 
 use libfuzzer_sys::fuzz_target;
 use mtls_fuzz::tunnel::frame::{Frame, MAX_OPEN, MAX_REJECT};
-use mtls_fuzz::tunnel::order::{Order, Role};
+use mtls_fuzz::tunnel::order::{Order, Role, Version};
 
 fuzz_target!(|input: &[u8]| {
     let Some((&first, mut rest)) = input.split_first() else { return };
     let role = if first & 1 == 0 { Role::Client } else { Role::Server };
-    let mut order = if first & 2 == 0 { Order::new(role) } else { Order::with_raw(role) };
+    let mut order = match first >> 1 & 3 {
+        0 => Order::new(role),
+        1 => Order::of_version(role, Version::Raw),
+        2 => Order::of_version(role, Version::Shared),
+        _ => Order::of_lane(role),
+    };
     if first & 1 == 0 {
         order.opened();
     }
-    let mut ended = false;
+    let (mut ended, mut aborted) = (false, false);
     while let Some((&length, tail)) = rest.split_first() {
         let (content, tail) = tail.split_at(usize::from(length).min(tail.len()));
         rest = tail;
@@ -32,13 +37,16 @@ fuzz_target!(|input: &[u8]| {
                 assert_eq!(&out[..n], content);
             }
             Frame::Data(data) => assert_eq!(*data, &content[1..]),
-            Frame::Fin | Frame::Raw => {}
+            _ => {}
         }
         let was_raw = order.inbound_raw();
         let accepted = order.received(&frame).is_ok();
-        assert!(!(ended && accepted), "{} after the end", frame.name());
+        let abort = frame == Frame::Reset;
+        assert!(!(ended && accepted) || (abort && !aborted), "{} after the end", frame.name());
+        aborted |= abort && accepted;
         assert!(!(was_raw && accepted), "{} after RAW", frame.name());
-        ended |= accepted && matches!(frame, Frame::Fin | Frame::Reject(_));
+        let ends = matches!(frame, Frame::Fin | Frame::Reject(_) | Frame::Reset | Frame::Leave);
+        ended |= accepted && ends;
         assert_eq!(order.inbound_ended(), ended);
     }
 });

@@ -41,15 +41,16 @@ pub(super) fn near(ends: Arc<Ends>, config: Config) -> OnAccept {
             let target = Target {
                 identity: &ends.credentials.near,
                 expected: &ends.credentials.far.svid.id,
+                netns: 0,
                 address: ends.tunnel,
-                open: Open::new(ends.server, OriginalSrc::new(app.peer_addr()?)),
             };
+            let open = Open::new(ends.server, OriginalSrc::new(app.peer_addr()?));
             let dial = || {
                 let domain = socket2::Domain::for_address(ends.tunnel);
                 let socket = socket2::Socket::new(domain, socket2::Type::STREAM.nonblocking(), None)?;
                 Ok(socket)
             };
-            let mut stream = connector.open(target, dial).await?;
+            let mut stream = connector.open(target, open, dial).await?;
             let progress = Progress::default();
             let report = tunnelled(&app, &mut stream, &progress, std::future::pending()).await;
             drop((app, stream));

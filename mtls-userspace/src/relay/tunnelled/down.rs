@@ -7,10 +7,10 @@ use std::task::{Context, Poll, ready};
 use socket2::SockRef;
 
 use super::steady::Steady;
-use super::{End, Relay, Step, TURN, yield_turn};
-use crate::relay::is_reset;
+use super::{End, Relay, Step, TURN};
 use crate::relay::pipe::Pipe;
-use crate::tunnel::{MAX_RANGES, Pulled, RecordError, SLOT, Size, send, send_vectored};
+use crate::relay::yield_turn;
+use crate::tunnel::{MAX_RANGES, Pulled, RecordError, SLOT, Size, is_reset, send, send_vectored};
 
 /// Taken from the kernel at once; one record in fact.
 const SPLICED: usize = 64 * 1024;
@@ -87,7 +87,8 @@ impl Relay<'_> {
                 Pulled::Closed => return Poll::Ready(Err(self.tunnel_end(End::Truncated))),
                 // Records of the raw direction may stand behind it already.
                 Pulled::Raw => continue,
-                Pulled::Data | Pulled::Open(_) => {}
+                // Of an idle tunnel, which the order knows.
+                Pulled::Data | Pulled::Open(_) | Pulled::Share(_) | Pulled::Adopt(_) | Pulled::Adopted => {}
             }
             if self.hand_over_receiving()? {
                 continue;

@@ -8,7 +8,7 @@
 //! bytes move by splice(2), and all else, endings above all, stays as it is.
 
 use std::future::Future;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use tokio::net::TcpStream;
@@ -57,7 +57,7 @@ pub async fn tunnelled(
             }
             let polled = relay.poll(cx);
             if polled.is_pending() && watch.is_none() && !relay.reads_both() {
-                watch = Some(Watch::new(app, tunnel, cx));
+                watch = Some(Watch::new([app, tunnel], cx));
                 // The failure may have come before the watch.
                 return relay.poll(cx);
             }
@@ -137,12 +137,6 @@ impl Relay<'_> {
             }
         }
     }
-}
-
-/// Lets the worker's other tasks run and its sockets be polled before this one goes on.
-fn yield_turn(cx: &mut Context<'_>) -> Step {
-    let _ = pin!(tokio::task::yield_now()).poll(cx);
-    Poll::Pending
 }
 
 #[cfg(test)]

@@ -3,11 +3,11 @@
 use std::io::{self, IoSliceMut};
 use std::task::{Context, Poll, ready};
 
-use super::{End, Relay, Step, TURN, yield_turn};
-use crate::relay::is_reset;
+use super::{End, Relay, Step, TURN};
 use crate::relay::pipe::Pipe;
+use crate::relay::yield_turn;
 use crate::tunnel::{
-    Buffer, HEADROOM, MAX_DATA, RECORD_END, SLOT, SLOTS, Size, receive, receive_vectored, send,
+    Buffer, HEADROOM, MAX_DATA, RECORD_END, SLOT, SLOTS, Size, is_reset, receive, receive_vectored, send,
 };
 
 /// What a last DATA record and a FIN need besides the data.

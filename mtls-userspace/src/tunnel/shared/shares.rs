@@ -1,0 +1,101 @@
+//! Which tunnels lead where: how many are in use by one stream alone, and which can be shared.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{Lane, Shared};
+use crate::identity::SpiffeId;
+use crate::tunnel::frame::Open;
+use crate::tunnel::pool::Key;
+
+/// Of one worker. An identity's new version is a new key: what leads on from the old one begins nothing more, and is
+/// closed when it has been idle for its time.
+#[derive(Default)]
+pub(crate) struct Shares(Mutex<Known>);
+
+#[derive(Default)]
+struct Known {
+    ways: HashMap<Key, Arc<Way>>,
+    /// Entries at which those that lead nowhere now are dropped.
+    sweep_at: usize,
+}
+
+/// The tunnels in use from one pod to another.
+#[derive(Default)]
+pub(crate) struct Way {
+    own: AtomicUsize,
+    shared: Mutex<Vec<Arc<Shared>>>,
+    /// Held while a tunnel to share is made, so that a crowd makes one.
+    pub making: tokio::sync::Mutex<()>,
+}
+
+/// Counts a stream on a tunnel of its own for as long as it lives.
+pub(crate) struct Live(Arc<Way>);
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.0.own.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Way {
+    pub fn live(self: &Arc<Self>) -> Live {
+        self.own.fetch_add(1, Ordering::Relaxed);
+        Live(self.clone())
+    }
+
+    /// Streams that have a tunnel of their own.
+    pub fn own(&self) -> usize {
+        self.own.load(Ordering::Relaxed)
+    }
+
+    /// A lane for a stream to the workload `expected`, if there is one.
+    pub fn lane(&self, expected: &SpiffeId, open: &Open) -> Option<Lane> {
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.retain(|tunnel| !tunnel.has_ended());
+        shared.iter().find_map(|tunnel| match tunnel.peer.expect(expected) {
+            Ok(_proof) => tunnel.open(open, true),
+            // The address has passed to another workload.
+            Err(_) => {
+                tunnel.retire();
+                None
+            }
+        })
+    }
+
+    pub fn add(&self, tunnel: Arc<Shared>) {
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner).push(tunnel);
+    }
+
+    fn retire(&self) {
+        let shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.iter().for_each(|tunnel| tunnel.retire());
+    }
+
+    fn leads_nowhere(&self) -> bool {
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.retain(|tunnel| !tunnel.has_ended());
+        shared.is_empty()
+    }
+}
+
+impl Shares {
+    pub fn way(&self, key: &Key) -> Arc<Way> {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(way) = known.ways.get(key) {
+            return way.clone();
+        }
+        if known.ways.len() >= known.sweep_at {
+            known.ways.retain(|_, way| Arc::strong_count(way) > 1 || !way.leads_nowhere());
+            known.sweep_at = (2 * known.ways.len()).max(64);
+        }
+        known.ways.entry(key.clone()).or_default().clone()
+    }
+
+    /// Begins nothing more on any shared tunnel; each is closed when its last stream is over.
+    pub fn retire(&self) {
+        let known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        known.ways.values().for_each(|way| way.retire());
+    }
+}
