@@ -186,11 +186,14 @@ impl Shared {
             return None;
         }
         let slot = core.slots.iter().position(|slot| slot.seat.is_none()).unwrap_or(core.slots.len());
-        let last = core.slots.get(slot).and_then(|slot| slot.last);
-        let number = match last {
-            None => slot as u32,
-            // Counted as far as it goes; the last number is the tunnel's own.
-            Some(last) => last.checked_add(MAX_LANES as u32).filter(|number| *number != TUNNEL)?,
+        let number = match core.slots.get(slot).and_then(|slot| slot.last) {
+            None => Some(slot as u32),
+            Some(last) => last.checked_add(MAX_LANES as u32),
+        };
+        // One of its slots has had all the streams that can be counted.
+        let Some(number) = number.filter(|number| *number != TUNNEL) else {
+            core.retire();
+            return None;
         };
         let mut seat = Seat::new(number, Role::Client);
         seat.order.opened();
