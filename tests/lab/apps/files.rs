@@ -38,9 +38,9 @@ impl Files {
             "--message",
             MARKER,
             "--limit-ms",
-            "120000",
+            "480000",
         ])?;
-        let answer = sender.finish_within(Duration::from_secs(180))?.success()?.json()?;
+        let answer = sender.finish_within(Duration::from_secs(500))?.success()?.json()?;
         ensure!(
             answer["match"] == true && answer["sent"] == bytes && answer["ended"] == "eof",
             "sending went {answer}"
