@@ -121,6 +121,7 @@ struct Slot {
     last: Option<u32>,
     seat: Option<Box<Seat>>,
     /// Of streams before it that are over, but whose handles have not been dropped yet.
+    #[expect(clippy::vec_box, reason = "a seat is lifted out of here and put back as it is")]
     over: Vec<Box<Seat>>,
 }
 

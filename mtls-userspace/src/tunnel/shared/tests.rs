@@ -65,7 +65,7 @@ proptest! {
         let mut sinks: HashMap<u32, Arc<Sipping>> = HashMap::new();
         for (number, said) in script {
             // Two slots, and three streams one after the other in each.
-            let lane = number % 2 + (number / 2 << 8);
+            let lane = number % 2 + ((number / 2) << 8);
             let open = Open::new(([10, 0, 0, 1], 80).into(), OriginalSrc::new(([10, 0, 0, 2], 9).into()));
             let frame = match said {
                 Said::Open => Frame::Open(open),
