@@ -8,7 +8,8 @@ use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Sender};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -53,7 +54,8 @@ impl Settings {
 
 /// Keeps the plugin in the configuration until dropped; what is there by then stays.
 pub struct Installation {
-    stop: Sender<()>,
+    stop: Arc<AtomicBool>,
+    wake: Sender<()>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -66,8 +68,10 @@ impl Installation {
     /// When the binary cannot be put into its directory, or the configuration's directory cannot be read.
     pub fn begin(settings: Settings) -> Result<Self, Error> {
         install_binary(&settings.bin_dir)?;
-        let (stop, stopped) = mpsc::channel();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
         let (changed, changes) = mpsc::channel();
+        let wake = changed.clone();
         let settings = Arc::new(settings);
         let watched = settings.conf_dir.clone();
         let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
@@ -85,27 +89,27 @@ impl Installation {
         let keep = move || {
             let _watcher = watcher;
             loop {
-                let woken = changes.recv_timeout(RESCAN);
-                if !matches!(stopped.try_recv(), Err(mpsc::TryRecvError::Empty)) {
+                let _ = changes.recv_timeout(RESCAN);
+                while !stopped.load(Ordering::Relaxed) && changes.recv_timeout(QUIET).is_ok() {}
+                if stopped.load(Ordering::Relaxed) {
                     return;
                 }
-                if woken == Err(RecvTimeoutError::Disconnected) {
-                    std::thread::sleep(RESCAN);
-                }
-                while changes.recv_timeout(QUIET).is_ok() {}
                 report(&settings, &mut said);
             }
         };
         let thread = std::thread::Builder::new().name("mtls-cni".into()).spawn(keep);
-        Ok(Self { stop, thread: Some(thread.map_err(Error::Thread)?) })
+        Ok(Self { stop, wake, thread: Some(thread.map_err(Error::Thread)?) })
     }
 }
 
 impl Drop for Installation {
     fn drop(&mut self) {
-        // The thread notices when it next wakes; nobody waits for that.
-        let _ = self.stop.send(());
-        drop(self.thread.take());
+        // Waited for: what it may just be writing must not come after an uninstallation.
+        self.stop.store(true, Ordering::Relaxed);
+        let _ = self.wake.send(());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 

@@ -3,9 +3,10 @@
 use std::io::ErrorKind;
 use std::time::Duration;
 
+use mtls::addr::OriginalSrc;
 use mtls::identity::Revocations;
 use mtls::relay::End;
-use mtls::tunnel::{Config, Error, WINDOW};
+use mtls::tunnel::{Config, Error, Open, Target, WINDOW};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::client::TlsStream;
@@ -13,7 +14,7 @@ use tokio_rustls::client::TlsStream;
 use crate::foreign::{self, Manners, open_frame};
 use crate::resets::{must_be_reset, reset};
 use crate::transfers::{noise, read_random, write_random};
-use crate::world::{Agents, CLIENT, Ca, DENIED_PORT, Leaf, SERVER, eventually, judging, sharing, soon};
+use crate::world::{Agents, CLIENT, Ca, DENIED_PORT, Leaf, SERVER, dial, eventually, judging, sharing, soon};
 
 type Pair = (TcpStream, TcpStream);
 
@@ -217,6 +218,23 @@ async fn a_shared_tunnel_ends_when_it_was_idle_for_its_time() {
         assert_eq!(agents.handshakes(), round);
         end(pair).await;
         tokio::time::sleep(Duration::from_millis(400)).await;
+    }
+}
+
+/// A tunnel ends with the pod it was dialled from.
+#[tokio::test]
+async fn pods_of_one_identity_have_tunnels_of_their_own() {
+    let ca = Ca::new();
+    let client = ca.identity(CLIENT);
+    let expected = SERVER.parse().unwrap();
+    let agents =
+        Agents::start_with(client.clone(), ca.identity(SERVER), sharing(Some(0)), Config::default()).await;
+    let mut kept = Vec::new();
+    for (netns, handshakes) in [(1, 1), (1, 1), (2, 2), (1, 2), (2, 2)] {
+        let target = Target { identity: &client, expected: &expected, netns, address: agents.inbound };
+        let open = Open::new(agents.destination(), OriginalSrc::new(agents.outbound));
+        kept.push(soon(agents.connector.carry(target, open, dial)).await.unwrap());
+        eventually(|| agents.handshakes() == handshakes).await;
     }
 }
 
