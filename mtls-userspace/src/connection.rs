@@ -6,8 +6,8 @@
 //! plaintext:  capture ─► policy ─► relay
 //! ```
 //!
-//! What comes out of a tunnel is in `inbound`. Each `pub` function here is a task on one data worker. An error anywhere ends the connection with a reset to the
-//! application and one line in the access log; no path falls back to plaintext.
+//! What comes out of a tunnel is in `inbound`. Each `pub` function here is a task on one data worker. An error anywhere
+//! ends the connection with a reset to the application and one line in the access log; no path falls back to plaintext.
 
 use std::io;
 use std::net::SocketAddr;
@@ -60,11 +60,7 @@ pub fn outbound(
                 finish(open, report);
             }
             Far::Tunnel(Carried::Alone(mut stream)) => {
-                let peer = stream.proof();
-                let report = {
-                    let stopped = pin!(stopped_by_either(&open, &peer));
-                    relay::tunnelled(&app, &mut stream, open.progress(), stopped).await
-                };
+                let report = alone(&app, &mut stream, &open).await;
                 finish(open, report);
             }
             // A task of its own is half as large as this one.
@@ -99,25 +95,30 @@ fn outbound_lane(
             Laned::Ended(report) => {
                 finish(open, report);
             }
-            Laned::Moved(stream) => {
+            Laned::Moved(mut stream) => {
                 worker.observer.lane_left(Direction::Outbound);
                 let working = lane.let_go();
                 drop(lane);
-                Box::pin(through_own(open, &app.socket, stream)).await;
-                drop(working);
+                let report = Box::pin(alone(&app.socket, &mut stream, &open)).await;
+                finish(open, report);
+                drop((stream, working));
             }
         }
     }
 }
 
 /// Relays over a tunnel that no other connection uses.
-async fn through_own(open: Connection, app: &TcpStream, mut stream: tunnel::Stream) {
-    let peer = stream.proof();
-    let report = {
-        let stopped = pin!(stopped_by_either(&open, &peer));
-        relay::tunnelled(app, &mut stream, open.progress(), stopped).await
-    };
-    finish(open, report);
+#[expect(clippy::manual_async_fn, reason = "as above")]
+fn alone<'a>(
+    app: &'a TcpStream,
+    stream: &'a mut tunnel::Stream,
+    open: &'a Connection,
+) -> impl Future<Output = Report> + Send + 'a {
+    async move {
+        let peer = stream.proof();
+        let stopped = pin!(stopped_by_either(open, &peer));
+        relay::tunnelled(app, stream, open.progress(), stopped).await
+    }
 }
 
 /// A tunnel of its own for a connection that needs more than its lane.
@@ -137,11 +138,7 @@ async fn grow(
     match &adopted {
         Ok(stream) if stream.reused() => {}
         Ok(stream) => worker.count_tunnel(Direction::Outbound, false, stream.resumed()),
-        Err(error) => {
-            if let Some(failure) = error.handshake_failure() {
-                worker.observer.handshake_failed(Direction::Outbound, failure);
-            }
-        }
+        Err(error) => worker.count_failure(Direction::Outbound, error),
     }
     adopted
 }
@@ -268,9 +265,7 @@ async fn through_tunnel(
             Some(Opened { open: worker.observer.open(flow), far: Far::Tunnel(carried) })
         }
         Err(error) => {
-            if let Some(failure) = error.handshake_failure() {
-                worker.observer.handshake_failed(Direction::Outbound, failure);
-            }
+            worker.count_failure(Direction::Outbound, &error);
             tracing::info!(pod = pod.socket.name(), %address, %error, "no tunnel");
             refuse(worker, flow, outcome::no_tunnel(&error))
         }

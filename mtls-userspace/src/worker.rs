@@ -100,6 +100,13 @@ impl Worker {
         relay::prepare(socket)
     }
 
+    /// Counts a tunnel that could not be had, where its handshake is to blame.
+    pub fn count_failure(&self, direction: Direction, error: &tunnel::Error) {
+        if let Some(failure) = error.handshake_failure() {
+            self.observer.handshake_failed(direction, failure);
+        }
+    }
+
     /// Counts a stream's tunnel: one that carried a stream before, or a new one with its handshake.
     pub fn count_tunnel(&self, direction: Direction, reused: bool, resumed: bool) {
         if reused {

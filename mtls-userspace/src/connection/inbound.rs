@@ -42,9 +42,7 @@ pub fn inbound(
             Ok(tunnel) => serve(worker, pod, working, from, tunnel, None).await,
             Err(error) => {
                 tracing::info!(pod = pod.socket.name(), %from, %error, "tunnel refused");
-                if let Some(failure) = error.handshake_failure() {
-                    worker.observer.handshake_failed(Direction::Inbound, failure);
-                }
+                worker.count_failure(Direction::Inbound, &error);
             }
         }
     }
@@ -66,6 +64,7 @@ fn serve(
         let mut admitted = moved.map(|(app, open)| (Inside::Shared(app), open));
         loop {
             if let Some((app, open)) = admitted.take() {
+                // Not `alone`, which every idle tunnel would pay for with 16 bytes.
                 let stream = tunnel.stream();
                 let peer = stream.proof();
                 let report = {

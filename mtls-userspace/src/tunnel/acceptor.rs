@@ -32,12 +32,12 @@ impl Acceptor {
         Self { config, gate: Arc::default() }
     }
 
-    /// Shakes hands as `identity`; the peer has then proven who it is.
     /// The tunnel that adopted a stream, to be gone on with when that is over.
     pub fn resume(&self, stream: Stream, identity: &SpiffeId) -> ServerTunnel {
         ServerTunnel { stream, config: self.config.clone(), ours: identity.clone() }
     }
 
+    /// Shakes hands as `identity`; the peer has then proven who it is.
     pub async fn accept(&self, tcp: TcpStream, identity: &Arc<Identity>) -> Result<ServerTunnel, Error> {
         let config = &*self.config;
         let configs = config.tls.of(identity)?;

@@ -277,13 +277,7 @@ impl Shared {
     }
 
     async fn event(&self) -> Result<Event, Error> {
-        let mut received = 0;
-        poll_fn(|cx| {
-            let polled = self.lock().poll(cx, self.role, &mut received);
-            received = 0;
-            polled
-        })
-        .await
+        poll_fn(|cx| self.lock().poll(cx, self.role)).await
     }
 }
 
@@ -419,7 +413,6 @@ impl Core {
             }
             Ok(false) => false,
             Err(error) => {
-                // What the peer said before it went may say why: the driver reads it and ends the tunnel.
                 tracing::debug!(%error, "a shared tunnel cannot send");
                 self.fail(Failure::from(&error));
                 false
@@ -427,7 +420,7 @@ impl Core {
         }
     }
 
-    fn poll(&mut self, cx: &mut Context<'_>, role: Role, received: &mut usize) -> Poll<Result<Event, Error>> {
+    fn poll(&mut self, cx: &mut Context<'_>, role: Role) -> Poll<Result<Event, Error>> {
         if !self.driver.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
             self.driver = Some(cx.waker().clone());
         }
@@ -435,6 +428,7 @@ impl Core {
         if std::mem::take(&mut self.fresh) {
             self.open_records(role)?;
         }
+        let mut received = 0;
         loop {
             if let Some((lane, open)) = self.opened.pop_front() {
                 return Poll::Ready(Ok(Event::Opened(lane, open)));
@@ -442,8 +436,8 @@ impl Core {
             if self.end.is_some() {
                 return Poll::Ready(Ok(Event::Ended));
             }
-            let more = if *received < TURN {
-                self.poll_receive(cx, role, received)?
+            let more = if received < TURN {
+                self.poll_receive(cx, role, &mut received)?
             } else {
                 cx.waker().wake_by_ref();
                 Poll::Pending
