@@ -92,17 +92,8 @@ impl Connector {
         open: Open,
         dial: impl FnOnce() -> io::Result<socket2::Socket>,
     ) -> Result<Stream, Error> {
-        self.alone(&target, target.key(), open, dial).await
-    }
-
-    async fn alone(
-        &self,
-        target: &Target<'_>,
-        key: Key,
-        open: Open,
-        dial: impl FnOnce() -> io::Result<socket2::Socket>,
-    ) -> Result<Stream, Error> {
-        let (session, proof, reused) = self.session(target, &key, dial).await?;
+        let key = target.key();
+        let (session, proof, reused) = self.session(&target, &key, dial).await?;
         Ok(Stream::open(session, open, proof, self.home(key), reused))
     }
 
@@ -121,7 +112,8 @@ impl Connector {
         let way = self.shares.way(&key);
         if way.own() < alone {
             let live = way.live();
-            let mut stream = self.alone(&target, key, open, dial).await?;
+            let (session, proof, reused) = self.session(&target, &key, dial).await?;
+            let mut stream = Stream::open(session, open, proof, self.home(key), reused);
             stream.count(live);
             return Ok(Carried::Alone(stream));
         }
