@@ -141,6 +141,9 @@ pub struct Options {
     /// Whether connections that exchange little share the tunnels from one pod to another [default: auto]
     #[arg(long)]
     share_tunnels: Option<ShareTunnels>,
+    /// Whether connections that move much go on on threads of their own, in nobody's way [default: auto]
+    #[arg(long)]
+    bulk_threads: Option<BulkThreads>,
     /// Not what the kernel is found to do: NAME=on must work, NAME=off is left alone; names are those of `mtls lab features`
     #[arg(long, value_name = "NAME=on|off")]
     feature: Vec<Forced>,
@@ -160,6 +163,17 @@ pub enum ShareTunnels {
     #[default]
     Auto,
     /// One
+    Off,
+}
+
+/// Where connections are relayed that move much.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BulkThreads {
+    /// On a second thread of each worker, from when they have moved some megabytes at a high pace
+    #[default]
+    Auto,
+    /// Among all others
     Off,
 }
 
@@ -221,6 +235,7 @@ pub struct Config {
     /// Congestion control between the nodes. Absent: the host's choice.
     pub tunnel_congestion: Option<String>,
     pub share_tunnels: ShareTunnels,
+    pub bulk_threads: BulkThreads,
     pub kernel_tls: KernelTls,
     /// Bytes.
     pub kernel_tls_after: u64,
@@ -309,6 +324,7 @@ impl Options {
                 .map(|name| if name == "host" { String::new() } else { name }),
             tunnel_congestion: options.tunnel_congestion.filter(|name| name != "host"),
             share_tunnels: options.share_tunnels.unwrap_or_default(),
+            bulk_threads: options.bulk_threads.unwrap_or_default(),
             kernel_tls: options.kernel_tls.unwrap_or_default(),
             kernel_tls_after: options.kernel_tls_after.unwrap_or(64 << 20),
             features: options.feature,
@@ -364,6 +380,7 @@ impl Options {
             loopback_congestion: self.loopback_congestion.or(file.loopback_congestion),
             tunnel_congestion: self.tunnel_congestion.or(file.tunnel_congestion),
             share_tunnels: self.share_tunnels.or(file.share_tunnels),
+            bulk_threads: self.bulk_threads.or(file.bulk_threads),
             kernel_tls: self.kernel_tls.or(file.kernel_tls),
             kernel_tls_after: self.kernel_tls_after.or(file.kernel_tls_after),
             // The last word on a feature counts.

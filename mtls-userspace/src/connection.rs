@@ -6,7 +6,7 @@
 //! plaintext:  capture ─► policy ─► relay
 //! ```
 //!
-//! What comes out of a tunnel is in `inbound`. Each `pub` function here is a task on one data worker. An error anywhere
+//! What comes out of a tunnel is in `inbound`, what becomes of connections that move much in `bulk`. Each `pub` function here is a task on one data worker. An error anywhere
 //! ends the connection with a reset to the application and one line in the access log; no path falls back to plaintext.
 
 use std::io;
@@ -15,7 +15,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::TcpStream;
 
 use crate::addr::{OriginalDst, OriginalSrc, canonical};
 use crate::capture;
@@ -26,11 +26,12 @@ use crate::observe::{Connection, Direction, Flow, Party, Path, Refusal};
 use crate::outcome;
 use crate::plaintext::Seen;
 use crate::policy::{Authorized, Peer, Request};
-use crate::relay::{self, App, End, Growing, Laned, Report};
+use crate::relay::{self, App, End, Growing, Laned, Relayed, Report};
 use crate::tunnel::{self, Carried, Lane};
 use crate::unplaced;
 use crate::worker::{Pod, Worker};
 
+mod bulk;
 mod inbound;
 
 pub use inbound::inbound;
@@ -55,14 +56,14 @@ pub fn outbound(
             return reset(app);
         };
         match far {
-            Far::Plain(far) => {
-                let report = relay::plain(&app, &far, open.progress(), pin!(stopped(&open))).await;
-                finish(open, report);
-            }
-            Far::Tunnel(Carried::Alone(mut stream)) => {
-                let report = alone(&app, &mut stream, &open).await;
-                finish(open, report);
-            }
+            Far::Plain(far) => match plain(&worker, &app, &far, &open).await {
+                Relayed::Ended(report) => _ = finish(open, report),
+                Relayed::Bulk => bulk::plain(&worker, working, app, far, open),
+            },
+            Far::Tunnel(Carried::Alone(mut stream)) => match alone(&worker, &app, &mut stream, &open).await {
+                Relayed::Ended(report) => _ = finish(open, report),
+                Relayed::Bulk => bulk::outbound(&worker, working, app, stream, open),
+            },
             // A task of its own is half as large as this one.
             Far::Tunnel(Carried::Shared(lane)) => {
                 worker.observer.lane_opened(Direction::Outbound);
@@ -99,9 +100,11 @@ fn outbound_lane(
                 worker.observer.lane_left(Direction::Outbound);
                 let working = lane.let_go();
                 drop(lane);
-                let report = Box::pin(alone(&app.socket, &mut stream, &open)).await;
-                finish(open, report);
-                drop((stream, working));
+                let (Some(app), Some(working)) = (app.into_socket(), working) else { return };
+                match Box::pin(alone(&worker, &app, &mut stream, &open)).await {
+                    Relayed::Ended(report) => _ = finish(open, report),
+                    Relayed::Bulk => bulk::outbound(&worker, working, app, stream, open),
+                }
             }
         }
     }
@@ -110,15 +113,29 @@ fn outbound_lane(
 /// Relays over a tunnel that no other connection uses.
 #[expect(clippy::manual_async_fn, reason = "as above")]
 fn alone<'a>(
+    worker: &'a Worker,
     app: &'a TcpStream,
     stream: &'a mut tunnel::Stream,
     open: &'a Connection,
-) -> impl Future<Output = Report> + Send + 'a {
+) -> impl Future<Output = Relayed> + Send + 'a {
+    worker.bulk.watch(open.progress());
     async move {
         let peer = stream.proof();
         let stopped = pin!(stopped_by_either(open, &peer));
-        relay::tunnelled(app, stream, open.progress(), stopped).await
+        relay::tunnelled_while_light(app, stream, open.progress(), stopped).await
     }
+}
+
+/// Relays between two plain sockets.
+#[expect(clippy::manual_async_fn, reason = "as above")]
+fn plain<'a>(
+    worker: &'a Worker,
+    app: &'a TcpStream,
+    far: &'a TcpStream,
+    open: &'a Connection,
+) -> impl Future<Output = Relayed> + Send + 'a {
+    worker.bulk.watch(open.progress());
+    async move { relay::plain_while_light(app, far, open.progress(), pin!(stopped(open))).await }
 }
 
 /// A tunnel of its own for a connection that needs more than its lane.
@@ -273,12 +290,14 @@ async fn through_tunnel(
 }
 
 /// Plaintext from outside the mesh that policy must judge before the application sees it.
-pub async fn plaintext(worker: Arc<Worker>, pod: Arc<Pod>, _working: Working, client: TcpStream) {
+pub async fn plaintext(worker: Arc<Worker>, pod: Arc<Pod>, working: Working, client: TcpStream) {
     let Some((open, app)) = Box::pin(open_plaintext(&worker, &pod, &client)).await else {
         return reset(client);
     };
-    let report = relay::plain(&client, &app, open.progress(), pin!(stopped(&open))).await;
-    finish(open, report);
+    match plain(&worker, &client, &app, &open).await {
+        Relayed::Ended(report) => _ = finish(open, report),
+        Relayed::Bulk => bulk::plain(&worker, working, client, app, open),
+    }
 }
 
 async fn open_plaintext(worker: &Worker, pod: &Pod, client: &TcpStream) -> Option<(Connection, TcpStream)> {
@@ -361,18 +380,20 @@ async fn deliver(
         return Err(io::ErrorKind::ConnectionRefused.into());
     }
     let socket = pod.socket.socket(address)?;
-    pod.socket.announce_source(&socket, source).map_err(io::Error::other)?;
+    pod.socket.announce_source(&socket, address, source).map_err(io::Error::other)?;
     worker.prepare_leg(&socket)?;
     connect(socket, address).await
 }
 
 /// Dials a plain destination from inside the pod.
 async fn dial(pod: &Pod, address: SocketAddr) -> io::Result<TcpStream> {
-    connect(pod.socket.socket(address)?, address).await
+    let socket = pod.socket.socket(address)?;
+    socket.set_tcp_nodelay(true)?;
+    connect(socket, address).await
 }
 
 async fn connect(socket: socket2::Socket, address: SocketAddr) -> io::Result<TcpStream> {
-    let connecting = TcpSocket::from_std_stream(socket.into()).connect(address);
+    let connecting = tunnel::connect(socket, address);
     tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.map_err(|_| io::ErrorKind::TimedOut)?
 }
 
@@ -427,7 +448,7 @@ mod tests {
             size_of::<F>()
         }
         let (outbound, inbound) = (size_of_lane(outbound_lane), inbound::size_of_lane());
-        assert!(outbound <= 896, "outbound on a lane is {outbound} bytes");
+        assert!(outbound <= 904, "outbound on a lane is {outbound} bytes");
         assert!(inbound <= 1024, "inbound on a lane is {inbound} bytes");
     }
 }

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 
 use crate::capture::{self, Capture};
 use crate::cni::Admissions;
-use crate::config::{Config, IdentitySource, KernelTls, MeshSource, SameNode, ShareTunnels};
+use crate::config::{BulkThreads, Config, IdentitySource, KernelTls, MeshSource, SameNode, ShareTunnels};
 use crate::control::Control;
 use crate::direct::Direct;
 use crate::door::Door;
@@ -34,7 +34,7 @@ use crate::plaintext;
 use crate::succession::{Phase, Predecessor, Reign};
 use crate::tenure::{Front, Sockets, Tenure};
 use crate::tunnel;
-use crate::worker::{self, LocalPods, Worker};
+use crate::worker::{self, BulkThread, LocalPods, Worker};
 
 /// Runs until SIGTERM or SIGINT, then drains. Kernel state stays: STRICT holds while nobody runs.
 pub async fn run(config: Config) -> anyhow::Result<()> {
@@ -140,6 +140,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
                 same_node: config.same_node,
                 direct: direct.clone(),
                 congestion: config.loopback_congestion.clone(),
+                bulk: BulkThread::new(index, config.bulk_threads == BulkThreads::Auto),
             };
             let working = drain.working().context("draining already")?;
             worker::start(index, Arc::new(worker), working).context("data thread")

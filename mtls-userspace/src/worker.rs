@@ -1,7 +1,8 @@
 //! Data threads: listeners in, one task per connection out.
 //!
 //! Each thread runs a single-threaded runtime with listeners of its own in every enrolled pod and its own idle
-//! tunnels, so that the data path shares nothing but immutable snapshots.
+//! tunnels, so that the data path shares nothing but immutable snapshots. Connections that turn out to move much go on on
+//! a second thread.
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use socket2::SockRef;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Builder;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
@@ -29,6 +31,10 @@ use crate::plaintext;
 use crate::relay;
 use crate::tunnel;
 
+mod bulk_thread;
+
+pub use bulk_thread::BulkThread;
+
 /// What every connection on one data thread can reach.
 pub struct Worker {
     pub node: Arc<str>,
@@ -44,6 +50,8 @@ pub struct Worker {
     pub direct: Arc<Direct>,
     /// Congestion control of loopback legs; `None` leaves the host's.
     pub congestion: Option<String>,
+    /// Where connections go on that move much.
+    pub bulk: BulkThread,
 }
 
 /// An enrolled pod on this node, as connections see it.
@@ -92,6 +100,12 @@ impl Worker {
             SameNode::Encrypt => None,
             SameNode::Relay | SameNode::Direct => workload.addresses.iter().find_map(|ip| self.local.at(*ip)),
         }
+    }
+
+    /// Runs a connection that moves much where it is in nobody's way.
+    pub fn bulk(&self, direction: Direction, connection: impl Future<Output = ()> + Send + 'static) {
+        self.observer.became_bulk(direction);
+        self.bulk.spawn(connection);
     }
 
     /// Prepares a socket towards an application, or a listener for all that it accepts.
@@ -144,7 +158,7 @@ impl Handle {
 /// Starts a data thread. It ends when `working` is told to stop and its last connection is over.
 pub fn start(index: usize, worker: Arc<Worker>, working: Working) -> io::Result<Handle> {
     let (commands, received) = mpsc::channel(64);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = Builder::new_current_thread().enable_all().build()?;
     std::thread::Builder::new()
         .name(format!("data-{index}"))
         .spawn(move || runtime.block_on(serve(worker, received, working)))?;

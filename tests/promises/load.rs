@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Result;
+use mtls_tests::Pod;
 use mtls_tests::apps::Files;
 
 use crate::{Scene, assert_echoed, needs};
@@ -128,6 +129,48 @@ fn connections_that_say_little_share_tunnels_and_a_fast_one_gets_its_own() -> Re
     assert_eq!(out?, into?, "each tunnel is counted once at either end");
     let tunnels = wire.finish()?.encrypted(&scene.far, &scene.server)?.connections;
     assert!(tunnels < 30, "208 connections took {tunnels} tunnels");
+    Ok(())
+}
+
+#[test]
+fn what_moves_much_goes_on_in_nobodys_way_and_its_tunnel_comes_back() -> Result<()> {
+    needs!();
+    let mut scene = Scene::new()?;
+    let _echo = scene.server.serve(&["echo", "--listen", "[::]:7000"])?;
+    let _sum = scene.server.serve(&["sum", "--listen", "[::]:7001"])?;
+    let [talk, sum] = [7000, 7001].map(|port| scene.server.addr(port).to_string());
+    let became_bulk = |scene: &mut Scene, node: &str, direction: &str| -> Result<f64> {
+        let metrics = scene.mesh.agent(node).metrics()?;
+        Ok(metrics.sum("mtls_bulk_connections_total", &[("direction", direction)]))
+    };
+    let upload = |scene: &mut Scene, from: &Pod, bytes: &str| -> Result<()> {
+        let sent = from.app(&["dial", "upload", &sum, "--bytes", bytes])?;
+        assert!(sent["match"] == true && sent["ended"] == "eof", "{sent}");
+        // Not its bytes, but its time counts.
+        assert_echoed(&scene.far.app(&["dial", "echo", &talk])?);
+        Ok(())
+    };
+    let far = scene.far.clone();
+    for _ in 0..3 {
+        upload(&mut scene, &far, "3000000")?;
+    }
+    for (node, direction) in [("node-a", "outbound"), ("node-b", "inbound")] {
+        assert_eq!(became_bulk(&mut scene, node, direction)?, 0.0, "{node}");
+    }
+    for _ in 0..6 {
+        upload(&mut scene, &far, "150000000")?;
+    }
+    for (node, direction) in [("node-a", "outbound"), ("node-b", "inbound")] {
+        assert_eq!(became_bulk(&mut scene, node, direction)?, 6.0, "{node}");
+    }
+    // Each of two data threads keeps a tunnel or two, whichever thread they were on meanwhile.
+    let opened = scene.mesh.agent("node-a").metrics()?;
+    let opened = opened.sum("mtls_tunnels_opened_total", &[("direction", "outbound")]);
+    assert!(opened <= 6.0, "18 connections one after the other took {opened} tunnels");
+    // Between pods of one node there is no tunnel.
+    let near = scene.near.clone();
+    upload(&mut scene, &near, "150000000")?;
+    assert_eq!(became_bulk(&mut scene, "node-b", "outbound")?, 1.0);
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
 use mtls_common::{Flow, Note, OUTBOUND_PORT, PLAINTEXT_PORT, TUNNEL_PORT, note};
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::{Domain, Socket, Type};
 
 use super::address::{endpoint, socket_addr, words};
 use super::diag::{Diag, Tcp};
@@ -38,9 +38,7 @@ impl LocalPod {
     /// A non-blocking TCP socket in the pod's namespace, for dialling `to`. The calling thread visits the namespace.
     pub fn socket(&self, to: SocketAddr) -> io::Result<Socket> {
         let open = || Socket::new(Domain::for_address(to), Type::STREAM.nonblocking(), None);
-        let socket = self.netns.within(open)??;
-        socket.set_tcp_nodelay(true)?;
-        Ok(socket)
+        self.netns.within(open)?
     }
 
     /// What the application dialled, by the addresses of the outbound listener's accepted socket.
@@ -53,12 +51,12 @@ impl LocalPod {
         }
     }
 
-    /// Makes the application that `socket` is about to dial see `source` as its client.
+    /// Makes the application that `socket` is about to dial at `to` see `source` as its client.
     ///
     /// Binds the socket to a loopback address. That tells the kernel half a delivered connection from any other, since
     /// nothing outside the pod can come from there, and gives the pod as many deliveries at once as it likes: from the
     /// pod's own address there would be one per ephemeral port and server port, with a minute in TIME_WAIT after each.
-    pub fn announce_source(&self, socket: &impl AsRawFd, source: OriginalSrc) -> Result<(), Error> {
+    pub fn announce_source(&self, socket: &Socket, to: SocketAddr, source: OriginalSrc) -> Result<(), Error> {
         let announce = || {
             let peer = endpoint(source.addr());
             sys::write_note(
@@ -67,13 +65,11 @@ impl LocalPod {
                 &Note { kind: note::DELIVERED, peer },
             )?;
             sys::bind_without_port(socket)?;
-            let borrowed = sys::borrow(socket);
-            let socket = SockRef::from(&borrowed);
-            let from = match socket.domain()? {
-                Domain::IPV4 => SocketAddr::from((loopback(rand::random()), 0)),
-                _ => SocketAddr::from((Ipv6Addr::LOCALHOST, 0)),
+            let from: IpAddr = match to {
+                SocketAddr::V4(_) => loopback(rand::random()).into(),
+                SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
             };
-            socket.bind(&from.into())
+            socket.bind(&SocketAddr::new(from, 0).into())
         };
         announce().map_err(|source| Error::Announce { pod: self.name.clone(), source })
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use rustls::SupportedCipherSuite;
 use tokio::net::TcpStream;
 
-use super::{deliver, finish, reset, stopped_by_either};
+use super::{bulk, deliver, finish, reset, stopped_by_either};
 use crate::addr::canonical;
 use crate::drain::Working;
 use crate::identity::SpiffeId;
@@ -16,7 +16,7 @@ use crate::mesh::{Mesh, Workload};
 use crate::observe::{Connection, Direction, Flow, Party, Path, Refusal};
 use crate::outcome;
 use crate::policy::{Authorized, Peer, Request};
-use crate::relay::{self, App, Laned};
+use crate::relay::{self, App, Laned, Relayed};
 use crate::tunnel::{self, Asked, LaneRequest, ServerTunnel, SharedTunnel};
 use crate::unplaced;
 use crate::worker::{Pod, Worker};
@@ -50,26 +50,30 @@ pub fn inbound(
 
 /// One connection after the other out of a tunnel, and first one that was `moved` to it from a lane.
 #[expect(clippy::manual_async_fn, reason = "as above")]
-fn serve(
+pub(super) fn serve(
     worker: Arc<Worker>,
     pod: Arc<Pod>,
     mut working: Working,
     from: SocketAddr,
     mut tunnel: ServerTunnel,
-    moved: Option<(Arc<App>, Connection)>,
+    moved: Option<Box<(TcpStream, Connection)>>,
 ) -> impl Future<Output = ()> + Send {
     async move {
-        let mut reused = moved.is_some();
         let resumed = tunnel.resumed();
-        let mut admitted = moved.map(|(app, open)| (Inside::Shared(app), open));
+        let mut admitted = moved.map(|moved| *moved);
+        let mut stopping = false;
         loop {
             if let Some((app, open)) = admitted.take() {
                 // Not `alone`, which every idle tunnel would pay for with 16 bytes.
                 let stream = tunnel.stream();
                 let peer = stream.proof();
-                let report = {
+                let relayed = {
+                    worker.bulk.watch(open.progress());
                     let stopped = pin!(stopped_by_either(&open, &peer));
-                    relay::tunnelled(app.socket(), stream, open.progress(), stopped).await
+                    relay::tunnelled_while_light(&app, stream, open.progress(), stopped).await
+                };
+                let Relayed::Ended(report) = relayed else {
+                    return bulk::inbound(worker, pod, working, from, tunnel, (app, open));
                 };
                 if !finish(open, report) {
                     return;
@@ -77,27 +81,34 @@ fn serve(
             }
             let asked = tokio::select! {
                 asked = tunnel.ask() => asked,
-                () = working.stopping() => return tunnel.close(),
+                // A client that does not know it yet may be about to use the tunnel.
+                () = working.stopping(), if !stopping => {
+                    stopping = true;
+                    if tunnel.retire() {
+                        continue;
+                    }
+                    return tunnel.close();
+                }
             };
             match asked {
                 Ok(Some(Asked::Open(open))) => {
-                    worker.count_tunnel(Direction::Inbound, std::mem::replace(&mut reused, true), resumed);
+                    worker.count_tunnel(Direction::Inbound, tunnel.used(), resumed);
                     let request = tunnel.request(open);
                     match Box::pin(accept_or_reject(&worker, &pod, from, request)).await {
-                        Ok(accepted) => admitted = accepted.map(|(app, open)| (Inside::Alone(app), open)),
+                        Ok(accepted) => admitted = accepted,
                         // The tunnel can carry no other.
                         Err(_) => return,
                     }
                 }
                 Ok(Some(Asked::Share(id))) => {
-                    worker.count_tunnel(Direction::Inbound, reused, resumed);
+                    worker.count_tunnel(Direction::Inbound, tunnel.used(), resumed);
                     if let Some(shared) = tunnel.share(id) {
                         Box::pin(serve_shared(&worker, &pod, working, from, shared)).await;
                     }
                     return;
                 }
                 Ok(Some(Asked::Adopt(place))) => {
-                    if !std::mem::replace(&mut reused, true) {
+                    if !tunnel.used() {
                         worker.count_tunnel(Direction::Inbound, false, resumed);
                     }
                     match Box::pin(tunnel.adopt(place)).await {
@@ -118,22 +129,6 @@ fn serve(
                     return;
                 }
             }
-        }
-    }
-}
-
-/// The application's end of a connection in a tunnel of its own.
-enum Inside {
-    Alone(TcpStream),
-    /// It was on a lane before.
-    Shared(Arc<App>),
-}
-
-impl Inside {
-    fn socket(&self) -> &TcpStream {
-        match self {
-            Self::Alone(socket) => socket,
-            Self::Shared(app) => &app.socket,
         }
     }
 }
@@ -209,8 +204,10 @@ fn inbound_lane(
                 worker.observer.lane_left(Direction::Inbound);
                 let Some(working) = lane.let_go() else { return };
                 drop(lane);
-                let tunnel = worker.acceptor.resume(stream, &pod.workload.load().identity);
-                Box::pin(serve(worker, pod, working, from, tunnel, Some((app, open)))).await;
+                let Some(app) = app.into_socket() else { return };
+                let mut tunnel = worker.acceptor.resume(stream, &pod.workload.load().identity);
+                tunnel.used();
+                Box::pin(serve(worker, pod, working, from, tunnel, Some(Box::new((app, open))))).await;
             }
         }
     }

@@ -45,6 +45,7 @@ pub(super) struct Events {
     pub tunnels_reused: Family<DirectionLabels, Counter>,
     pub lanes_opened: Family<DirectionLabels, Counter>,
     pub lanes_left: Family<DirectionLabels, Counter>,
+    pub became_bulk: Family<DirectionLabels, Counter>,
     pub tunnel_connections: Family<RecordsLabels, Counter>,
     pub revoked: Counter,
     pub refused_total: AtomicU64,
@@ -162,6 +163,7 @@ impl Events {
             tunnels_reused: Family::default(),
             lanes_opened: Family::default(),
             lanes_left: Family::default(),
+            became_bulk: Family::default(),
             tunnel_connections: Family::default(),
             revoked: Counter::default(),
             refused_total: AtomicU64::new(0),
@@ -196,6 +198,11 @@ impl Events {
             "mtls_lanes_left",
             "Connections that were moved from a shared tunnel to one of their own, because they became fast",
             self.lanes_left.clone(),
+        );
+        registry.register(
+            "mtls_bulk_connections",
+            "Connections that went on on a thread for those that move much",
+            self.became_bulk.clone(),
         );
         registry.register(
             "mtls_tunnel_connections",

@@ -237,6 +237,11 @@ impl Observer {
         self.inner.events.lanes_left.get_or_create(&labels).inc();
     }
 
+    pub fn became_bulk(&self, direction: Direction) {
+        let labels = DirectionLabels { direction: direction.as_str() };
+        self.inner.events.became_bulk.get_or_create(&labels).inc();
+    }
+
     /// Counts a plaintext connection that the kernel half decided alone; `source` is whoever has the address. Those
     /// that come through [`Observer::open`] and [`Observer::refused`] are counted there.
     pub fn plaintext(&self, source: Option<&Workload>, to: &Workload, port: u16, outcome: Plaintext) {

@@ -54,6 +54,11 @@ impl App {
     fn progress(&self) -> &Progress {
         self.counts.progress()
     }
+
+    /// Its socket, once its lane is gone.
+    pub fn into_socket(self: Arc<Self>) -> Option<TcpStream> {
+        Arc::into_inner(self).map(|app| app.socket)
+    }
 }
 
 impl Sink for App {

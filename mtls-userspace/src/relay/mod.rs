@@ -11,22 +11,21 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
-use crate::tunnel::{self, Rejection, UNSENT, bound_receive};
+use crate::tunnel::{self, Rejection, TURN, UNSENT, bound_receive};
 
 mod laned;
+mod pace;
 mod pipe;
 mod plain;
 mod tunnelled;
 mod watch;
 
+use pace::Pace;
+
 pub use laned::{App, Counts, Growing, Laned, laned};
 pub(crate) use pipe::Pipe;
-pub use plain::plain;
-pub use tunnelled::tunnelled;
-
-/// Bytes after which a connection lets the worker's others have their turn: after one large read, in fact. More makes
-/// those beside eight fast streams wait twice as long, and moves no more bytes.
-const TURN: usize = 128 * 1024;
+pub use plain::{plain, plain_while_light};
+pub use tunnelled::{tunnelled, tunnelled_while_light};
 
 /// Application bytes moved so far, as seen from the connection's source; readable from anywhere while the relay runs.
 #[derive(Debug, Default)]
@@ -35,6 +34,7 @@ pub struct Progress {
     received: AtomicU64,
     kernel_sends: AtomicBool,
     kernel_receives: AtomicBool,
+    pace: Pace,
 }
 
 /// Which record layer carries a tunnel's bytes at this end.
@@ -105,6 +105,15 @@ impl Progress {
         self.received.fetch_max(received, Ordering::Relaxed);
     }
 
+    /// Asks the relay to say when the connection turns out to be one that moves much.
+    pub fn watch_pace(&self) {
+        self.pace.watch();
+    }
+
+    fn moved(&self) -> u64 {
+        self.sent() + self.received()
+    }
+
     // One task writes: a plain load and store cost less than an atomic addition.
     pub fn add_sent(&self, n: usize) {
         self.sent.store(self.sent() + n as u64, Ordering::Relaxed);
@@ -148,6 +157,14 @@ pub enum End {
     Io(io::Error),
 }
 
+/// What becomes of a connection while it is relayed among others.
+pub enum Relayed {
+    Ended(Report),
+    /// It moves so much that others should not have to wait behind it. Nothing has ended and nothing is lost: it is to be
+    /// relayed again, elsewhere.
+    Bulk,
+}
+
 /// What was relayed and how it ended.
 #[derive(Debug)]
 pub struct Report {
@@ -158,7 +175,7 @@ pub struct Report {
 }
 
 impl Report {
-    fn new(progress: &Progress, end: End) -> Self {
+    pub(crate) fn new(progress: &Progress, end: End) -> Self {
         Self { sent: progress.sent(), received: progress.received(), records: progress.records(), end }
     }
 }

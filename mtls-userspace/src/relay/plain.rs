@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use crate::tunnel::{Buffer, Size, failed, finish_on_close, is_reset, receive, reset_on_close, send};
 
 use super::watch::Watch;
-use super::{End, Progress, Report, TURN};
+use super::{End, Progress, Relayed, Report, TURN};
 
 /// Relays until both directions have ended, one side is reset, or `stop` resolves. Until a clean end both sockets are
 /// marked to be reset when they are closed, by the caller who drops them right after or by the end of the process: an
@@ -23,6 +23,20 @@ pub async fn plain(
     progress: &Progress,
     mut stop: impl Future<Output = ()> + Unpin,
 ) -> Report {
+    loop {
+        if let Relayed::Ended(report) = plain_while_light(a, b, progress, &mut stop).await {
+            return report;
+        }
+    }
+}
+
+/// As [`plain`], but of a connection whose [pace is watched](Progress::watch_pace) only as long as it can stay among others.
+pub async fn plain_while_light(
+    a: &TcpStream,
+    b: &TcpStream,
+    progress: &Progress,
+    mut stop: impl Future<Output = ()> + Unpin,
+) -> Relayed {
     reset_on_close(a);
     reset_on_close(b);
     let end = {
@@ -30,23 +44,30 @@ pub async fn plain(
         let (mut forth, mut back) = (Copy::new(a, b), Copy::new(b, a));
         std::future::poll_fn(|cx| {
             if Pin::new(&mut stop).poll(cx).is_ready() {
-                return Poll::Ready(End::Revoked);
+                return Poll::Ready(Some(End::Revoked));
             }
-            let polled = poll_both(&mut forth, &mut back, progress, cx);
+            let before = progress.moved();
+            let mut polled = poll_both(&mut forth, &mut back, progress, cx);
             if polled.is_pending() && watch.is_none() && !(forth.reads() && back.reads()) {
                 watch = Some(Watch::new([a, b], cx));
                 // The failure may have come before the watch.
-                return poll_both(&mut forth, &mut back, progress, cx);
+                polled = poll_both(&mut forth, &mut back, progress, cx);
             }
-            polled
+            let bulk = progress.pace.moved(before, progress.moved());
+            if bulk && polled.is_pending() && forth.can_leave() && back.can_leave() {
+                progress.pace.ignore();
+                return Poll::Ready(None);
+            }
+            polled.map(Some)
         })
         .await
     };
+    let Some(end) = end else { return Relayed::Bulk };
     if matches!(end, End::Clean) {
         finish_on_close(a);
         finish_on_close(b);
     }
-    Report::new(progress, end)
+    Relayed::Ended(Report::new(progress, end))
 }
 
 fn poll_both<'a>(
@@ -130,6 +151,11 @@ impl<'a> Copy<'a> {
             dead: false,
             turn: 0,
         }
+    }
+
+    /// Whether all there is to know about this direction is in its sockets.
+    fn can_leave(&self) -> bool {
+        self.buffer.is_none() && !self.dead && !self.source_failed
     }
 
     /// Whether the source is being read, so that its reset is met there.

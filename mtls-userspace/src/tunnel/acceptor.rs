@@ -3,7 +3,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rustls::SupportedCipherSuite;
 use tokio::net::TcpStream;
@@ -13,12 +13,15 @@ use crate::identity::{Identity, SpiffeId};
 
 use super::buffer::HEADROOM;
 use super::codec::{MAX_RANGES, Pulled};
-use super::frame::{FrameError, MAX_REJECT, Open, Place, RejectReason, Rejection, SharedId};
+use super::frame::{FrameError, MAX_REJECT, Open, Place, RETIRE, RejectReason, Rejection, SharedId};
 use super::gate::Gate;
 use super::record::{HEADER, TRAILER};
 use super::shared::{Shared, SharedTunnel};
 use super::stream::{Session, Stream};
 use super::{Config, Error, Violation, handshake, socket};
+
+/// How long a retired tunnel waits for a stream that was under way.
+const LINGER: Duration = Duration::from_millis(500);
 
 /// Accepts tunnels. Cheap to clone.
 #[derive(Clone)]
@@ -34,7 +37,7 @@ impl Acceptor {
 
     /// The tunnel that adopted a stream, to be gone on with when that is over.
     pub fn resume(&self, stream: Stream, identity: &SpiffeId) -> ServerTunnel {
-        ServerTunnel { stream, config: self.config.clone(), ours: identity.clone() }
+        ServerTunnel { stream, config: self.config.clone(), ours: identity.clone(), retired: false }
     }
 
     /// Shakes hands as `identity`; the peer has then proven who it is.
@@ -60,6 +63,7 @@ impl Acceptor {
             stream: Stream::serve(session),
             config: self.config.clone(),
             ours: identity.svid.id.clone(),
+            retired: false,
         })
     }
 }
@@ -69,6 +73,8 @@ pub struct ServerTunnel {
     stream: Stream,
     config: Arc<Config>,
     ours: SpiffeId,
+    /// The client was asked to begin no more streams.
+    retired: bool,
 }
 
 impl ServerTunnel {
@@ -88,6 +94,18 @@ impl ServerTunnel {
     /// Whether the handshake resumed an earlier session.
     pub fn resumed(&self) -> bool {
         self.stream.resumed()
+    }
+
+    /// Whether it has carried a stream before; from now on it has.
+    pub fn used(&mut self) -> bool {
+        self.stream.used()
+    }
+
+    /// Leaves this thread's event loop; what is returned makes it again in the runtime of whoever calls it.
+    pub fn depart(self) -> io::Result<impl FnOnce() -> io::Result<Self> + Send> {
+        let Self { stream, config, ours, retired } = self;
+        let departed = stream.depart()?;
+        Ok(move || Ok(Self { stream: departed.arrive()?, config, ours, retired }))
     }
 
     /// The next stream, or `None` when the tunnel has ended while idle. Nothing is lost if the future is dropped.
@@ -118,7 +136,7 @@ impl ServerTunnel {
 
     /// The tunnel has become a shared one.
     pub fn share(self, id: SharedId) -> Option<SharedTunnel> {
-        let Self { stream, config, ours } = self;
+        let Self { stream, config, ours, .. } = self;
         let shared = Shared::serve(id, stream.into_session()?);
         config.served.insert(&ours, &shared);
         Some(SharedTunnel::new(shared, config.idle_server))
@@ -126,7 +144,7 @@ impl ServerTunnel {
 
     /// Gives this tunnel to the stream that is to go on here; gives it back if there is none, which the client is told.
     pub async fn adopt(self, place: Place) -> Result<Option<Self>, Error> {
-        let Self { stream, config, ours } = self;
+        let Self { stream, config, ours, retired } = self;
         let found = config.served.find(&ours, stream.peer(), &place);
         let Some(mut session) = stream.into_session() else { return Ok(None) };
         session.codec.incoming.release_if_empty();
@@ -140,7 +158,7 @@ impl ServerTunnel {
             },
             None => session,
         };
-        let mut refused = Self { stream: Stream::serve(session), config, ours };
+        let mut refused = Self { stream: Stream::serve(session), config, ours, retired };
         let rejection = Rejection::new(RejectReason::Unavailable, "no such stream on this agent");
         refuse(&mut refused.stream, &rejection).await?;
         Ok(Some(refused))
@@ -173,7 +191,7 @@ impl ServerTunnel {
             }
             // Not longer than the peer's certificate lives: after that it may begin no stream.
             let left = peer.not_after().duration_since(SystemTime::now()).unwrap_or_default();
-            let idle = self.config.idle_server.min(left);
+            let idle = if self.retired { LINGER } else { self.config.idle_server }.min(left);
             let received = tokio::select! {
                 received = timeout(idle, codec.incoming.fill(tcp)) => received,
                 failure = peer.until_distrusted() => return Err(distrusted(failure)),
@@ -196,6 +214,18 @@ impl ServerTunnel {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    /// Asks the client to begin no more streams; one that is under way is yet to be served, by going on with
+    /// [`Self::ask`]. Gives false if that can't be said on this tunnel, which is then to be closed.
+    pub fn retire(&mut self) -> bool {
+        let (tcp, codec) = self.stream.split();
+        if !codec.order.settle() || !codec.order.may_share() {
+            return false;
+        }
+        let said = codec.seal_frame(&[RETIRE]).map(|(record, n)| socket::send(tcp, &record[..n]));
+        self.retired = matches!(said, Ok(Ok(_)));
+        self.retired
     }
 
     /// Ends an idle tunnel politely; a busy one is reset.

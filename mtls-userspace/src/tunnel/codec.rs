@@ -383,7 +383,9 @@ impl Codec {
                         Frame::Share(id) => return Ok(Pulled::Share(id)),
                         Frame::Adopt(place) => return Ok(Pulled::Adopt(place)),
                         Frame::Adopted => return Ok(Pulled::Adopted),
-                        Frame::Reset | Frame::Grant(_) | Frame::Leave | Frame::Retire => {
+                        // Whoever uses the tunnel next asks for it.
+                        Frame::Retire => {}
+                        Frame::Reset | Frame::Grant(_) | Frame::Leave => {
                             return Err(FrameError::OutOfOrder(frame.name()).into());
                         }
                     }

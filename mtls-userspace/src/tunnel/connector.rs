@@ -8,7 +8,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use rustls::SupportedCipherSuite;
-use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 
 use crate::identity::{Identity, SpiffeId};
@@ -197,8 +196,7 @@ impl Connector {
         let config = &*self.config;
         let configs = config.tls.of(identity)?;
         let dialled = dial().map_err(|source| Error::Dial { address, source })?;
-        let connecting = TcpSocket::from_std_stream(dialled.into()).connect(address);
-        let tcp: TcpStream = timeout(config.connect_timeout, connecting)
+        let tcp = timeout(config.connect_timeout, socket::connect(dialled, address))
             .await
             .map_err(|_| Error::ConnectTimedOut { address, waited: config.connect_timeout })?
             .map_err(|source| Error::Connect { address, source })?;

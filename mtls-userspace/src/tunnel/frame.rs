@@ -30,8 +30,11 @@
 //! RESET   09                                 both, aborts the stream; also behind FIN
 //! GRANT   0a  bytes(4)                       both, so many bytes more may be sent on this lane
 //! LEAVE   0b                                 both, ends a direction here: it goes on where the stream was adopted
-//! RETIRE  0c                                 server, lane ffffffff: no OPEN any more, please
+//! RETIRE  0c                                 server, lane ffffffff: no stream any more, please
 //! ```
+//!
+//! Where both know shared tunnels a server says RETIRE also in a record of its own, on a tunnel that carries nothing: an
+//! OPEN that crosses it on its way is answered yet.
 //!
 //! A lane's last byte is its slot, which is free again when both directions have ended; the rest counts the streams the
 //! slot has had, so that a late RESET hits nobody else. Of each direction [`WINDOW`] bytes may be under way that were not

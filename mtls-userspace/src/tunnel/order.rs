@@ -51,6 +51,8 @@ pub struct Order {
     inbound: Direction,
     outbound: Direction,
     scope: Scope,
+    /// The server wants no stream to begin here any more.
+    retired: bool,
 }
 
 impl Order {
@@ -59,7 +61,8 @@ impl Order {
     }
 
     pub fn of_version(role: Role, version: Version) -> Self {
-        Self { role, inbound: Direction::Idle, outbound: Direction::Idle, scope: Scope::Tunnel(version) }
+        let idle = Direction::Idle;
+        Self { role, inbound: idle, outbound: idle, scope: Scope::Tunnel(version), retired: false }
     }
 
     /// The order of one stream on a shared tunnel.
@@ -111,6 +114,11 @@ impl Order {
             (_, Frame::Fin, Begun | Flowing) => Ended,
             (Role::Server, Frame::Reject(_), Begun) => Ended,
             (_, Frame::Raw, Begun | Flowing) if self.agreed(Version::Raw) => Raw,
+            // Said while nothing was open there. An OPEN may be under way, and the end before it be met later.
+            (Role::Server, Frame::Retire, any @ (Idle | Begun | Asked | Ended)) if self.may_share() => {
+                self.retired = true;
+                any
+            }
             _ => return Err(FrameError::OutOfOrder(frame.name())),
         };
         Ok(())
@@ -129,6 +137,11 @@ impl Order {
     /// A client makes the tunnel a shared one.
     pub fn sent_share(&mut self) {
         (self.inbound, self.outbound) = (Direction::Shared, Direction::Shared);
+    }
+
+    /// Whether the server has asked for no more streams.
+    pub fn retired(&self) -> bool {
+        self.retired
     }
 
     pub fn is_shared(&self) -> bool {
@@ -230,7 +243,7 @@ mod tests {
     proptest! {
         /// Whatever a peer sends, a direction ends once and nothing follows its end.
         #[test]
-        fn a_direction_ends_exactly_once(kinds in prop::collection::vec(0..9u8, 0..30), server: bool, scope in 0..4u8) {
+        fn a_direction_ends_exactly_once(kinds in prop::collection::vec(0..10u8, 0..30), server: bool, scope in 0..4u8) {
             let role = if server { Role::Server } else { Role::Client };
             let mut order = match scope {
                 0 => Order::new(role),
@@ -253,6 +266,7 @@ mod tests {
                     5 => Frame::Reset,
                     6 => Frame::Leave,
                     7 => Frame::Adopted,
+                    8 => Frame::Retire,
                     _ => {
                         ended |= order.received_close();
                         prop_assert_eq!(order.inbound_ended(), ended);
@@ -262,7 +276,10 @@ mod tests {
                 let was_raw = order.inbound_raw();
                 let accepted = order.received(&frame).is_ok();
                 let abort = lane && frame == Frame::Reset;
-                prop_assert!(!(ended && accepted) || (abort && !aborted), "{} after the end", frame.name());
+                let retired = accepted && frame == Frame::Retire;
+                prop_assert!(!retired || (order.retired() && !server && scope == 2));
+                let late = (abort && !aborted) || retired;
+                prop_assert!(!(ended && accepted) || late, "{} after the end", frame.name());
                 aborted |= abort && accepted;
                 prop_assert!(!(was_raw && accepted), "{} after RAW", frame.name());
                 prop_assert!(raw || !order.inbound_raw());
@@ -312,6 +329,21 @@ mod tests {
         client.received(&Frame::Adopted).unwrap();
         assert!(client.received(&Frame::Adopted).is_err());
         client.received(&Frame::Data(b"x")).unwrap();
+    }
+
+    /// It may cross an OPEN on its way, and nothing else.
+    #[test]
+    fn a_server_retires_a_tunnel_only_before_it_answers() {
+        let mut client = Order::of_version(Role::Client, Version::Shared);
+        client.received(&Frame::Retire).unwrap();
+        assert!(client.retired() && client.idle());
+        let mut client = Order::of_version(Role::Client, Version::Shared);
+        client.opened();
+        client.received(&Frame::Retire).unwrap();
+        client.received(&Frame::Data(b"x")).unwrap();
+        assert!(client.received(&Frame::Retire).is_err());
+        assert!(Order::of_version(Role::Client, Version::Raw).received(&Frame::Retire).is_err());
+        assert!(Order::of_version(Role::Server, Version::Shared).received(&Frame::Retire).is_err());
     }
 
     #[test]

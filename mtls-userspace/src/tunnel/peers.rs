@@ -17,6 +17,7 @@ use crate::identity::{Identity, SpiffeId, TrustBundle};
 
 use super::order::Role;
 use super::pool::Pool;
+use super::sweep::Sweep;
 use super::verify::{Expected, HandshakeFailure, Subject, Verifier};
 
 /// An authenticated peer: made only here, and only out of a certificate that the handshake proved.
@@ -103,8 +104,8 @@ pub struct Peers {
 struct Known {
     /// By what each proved itself with, and to whom.
     proven: HashMap<Digest, Weak<Proven>>,
-    /// Entries at which those without a tunnel are dropped.
-    sweep_at: usize,
+    /// Drops those without a tunnel.
+    sweep: Sweep,
 }
 
 type Digest = [u8; digest::SHA256_OUTPUT_LEN];
@@ -120,16 +121,13 @@ impl Peers {
     ) -> Peer {
         let ours = &identity.svid.id;
         let digest = digest_of(ours, role, chain);
-        let mut known = lock(&self.known);
-        let before = known.proven.get(&digest).and_then(Weak::upgrade).map(Peer);
+        let Known { proven, sweep } = &mut *lock(&self.known);
+        let before = proven.get(&digest).and_then(Weak::upgrade).map(Peer);
         // A certificate that is trusted again, as after a hold, starts anew.
         if let Some(peer) = before.filter(|peer| peer.distrusted().is_none()) {
             return peer;
         }
-        if known.proven.len() >= known.sweep_at {
-            known.proven.retain(|_, peer| peer.strong_count() > 0);
-            known.sweep_at = (2 * known.proven.len()).max(64);
-        }
+        sweep.before_insert(proven, |peer| peer.strong_count() > 0);
         let peer = Arc::new(Proven {
             subject,
             ours: ours.clone(),
@@ -139,7 +137,7 @@ impl Peers {
             distrusted: OnceLock::new(),
             told: Notify::new(),
         });
-        known.proven.insert(digest, Arc::downgrade(&peer));
+        proven.insert(digest, Arc::downgrade(&peer));
         Peer(peer)
     }
 

@@ -108,13 +108,14 @@ impl Pool {
     fn put(self: &Arc<Self>, key: Key, session: Box<Session>) {
         let mut shelves = self.shelves.lock().unwrap_or_else(PoisonError::into_inner);
         shelves.supersede(&key);
-        let full = shelves.total >= self.total || session.peer.unfit().is_some();
+        let unfit = session.codec.order.retired() || session.peer.unfit().is_some();
+        let full = shelves.total >= self.total;
         let shelf = shelves
             .by_source
             .entry(key.source)
             .or_insert_with(|| Shelf { version: key.version, tunnels: HashMap::new() });
         let count = shelf.tunnels.get(&key.road).map_or(0, Vec::len);
-        if full || shelf.version != key.version || count >= self.per_destination {
+        if unfit || full || shelf.version != key.version || count >= self.per_destination {
             drop(shelves);
             return close(session);
         }
@@ -204,7 +205,7 @@ async fn sweep(pool: Weak<Pool>, every: Duration) {
 }
 
 /// Whether an idle tunnel can carry another stream. Reads what the peer sent meanwhile: a session ticket or a
-/// KeyUpdate is fine, anything else, and its end, is not.
+/// KeyUpdate is fine, anything else, a RETIRE too, and its end, is not.
 fn alive(session: &mut Session) -> bool {
     if session.peer.unfit().is_some() {
         return false;
@@ -216,7 +217,7 @@ fn alive(session: &mut Session) -> bool {
             Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 session.codec.incoming.release_if_empty();
-                return session.codec.incoming.is_empty();
+                return session.codec.incoming.is_empty() && !session.codec.order.retired();
             }
             Err(_) => return false,
         }

@@ -1,7 +1,8 @@
 //! Socket calls that tokio has no name for: receive and send that know a short count means "drained" or "full", and
-//! options of sockets on either side of a tunnel. Nothing here waits.
+//! options of sockets on either side of a tunnel.
 
 use std::io::{self, IoSlice, IoSliceMut, Read};
+use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
@@ -10,6 +11,32 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 use super::Config;
+
+/// Connects a non-blocking socket. A destination on this machine has answered by the time the kernel returns, which asking
+/// it again tells without a turn of the event loop.
+pub(crate) async fn connect(socket: socket2::Socket, to: SocketAddr) -> io::Result<TcpStream> {
+    let to = to.into();
+    let under_way = |error: &io::Error| {
+        matches!(error.raw_os_error(), Some(libc::EINPROGRESS | libc::EALREADY | libc::EINTR))
+    };
+    let begun = match socket.connect(&to) {
+        Err(error) if under_way(&error) => socket.connect(&to),
+        other => other,
+    };
+    let waits = match begun {
+        Ok(()) => false,
+        Err(error) if under_way(&error) => true,
+        Err(error) => return Err(error),
+    };
+    let stream = TcpStream::from_std(socket.into())?;
+    if waits {
+        stream.writable().await?;
+        if let Some(error) = stream.take_error()? {
+            return Err(error);
+        }
+    }
+    Ok(stream)
+}
 
 /// Receives if the socket is thought readable. After a short read it is thought drained, and the next call says
 /// `WouldBlock` without asking the kernel: an edge-triggered event will follow if more arrives.

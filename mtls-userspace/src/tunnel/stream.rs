@@ -3,6 +3,8 @@
 //! A stream that ended cleanly in both directions leaves a reusable tunnel behind; any other end takes the tunnel with
 //! it by TCP reset, so that the far application sees a reset too and never a clean end.
 
+use std::io;
+
 use rustls::SupportedCipherSuite;
 use tokio::net::TcpStream;
 
@@ -22,6 +24,45 @@ pub(crate) struct Session {
     pub codec: Codec,
     pub peer: Peer,
     pub resumed: bool,
+}
+
+/// A tunnel on its way to another thread's event loop.
+pub(crate) struct Moving {
+    tcp: std::net::TcpStream,
+    codec: Codec,
+    peer: Peer,
+    resumed: bool,
+}
+
+impl Session {
+    /// Leaves this thread's event loop. A socket that can't is closed.
+    pub fn depart(self: Box<Self>) -> io::Result<Box<Moving>> {
+        let Self { tcp, codec, peer, resumed } = *self;
+        Ok(Box::new(Moving { tcp: tcp.into_std()?, codec, peer, resumed }))
+    }
+}
+
+impl Moving {
+    pub fn arrive(self: Box<Self>) -> io::Result<Box<Session>> {
+        let Self { tcp, codec, peer, resumed } = *self;
+        Ok(Box::new(Session { tcp: TcpStream::from_std(tcp)?, codec, peer, resumed }))
+    }
+}
+
+/// A stream on its way to another thread's event loop. Dropped, it takes its tunnel with it.
+pub struct Departed {
+    moving: Box<Moving>,
+    home: Option<Home>,
+    live: Option<Live>,
+    reused: bool,
+}
+
+impl Departed {
+    /// Goes on in the runtime of whoever calls.
+    pub fn arrive(self) -> io::Result<Stream> {
+        let Self { moving, home, live, reused } = self;
+        Ok(Stream { session: Some(moving.arrive()?), home, live, reused, aborted: false })
+    }
 }
 
 /// A stream on a tunnel. Dropped after both directions ended, a client's tunnel goes back to its pool; dropped
@@ -67,6 +108,19 @@ impl Stream {
     /// The tunnel itself, for what is no stream.
     pub(crate) fn into_session(mut self) -> Option<Box<Session>> {
         self.session.take()
+    }
+
+    /// Leaves this thread's event loop, with nothing of it under way in a relay. A stream that can't takes its tunnel with
+    /// it.
+    pub fn depart(mut self) -> io::Result<Departed> {
+        let Some(session) = self.session.take() else { return Err(io::ErrorKind::NotConnected.into()) };
+        let moving = session.depart()?;
+        Ok(Departed { moving, home: self.home.take(), live: self.live.take(), reused: self.reused })
+    }
+
+    /// A server's tunnel carries its first stream.
+    pub(crate) fn used(&mut self) -> bool {
+        std::mem::replace(&mut self.reused, true)
     }
 
     fn session(&self) -> &Session {

@@ -419,7 +419,7 @@ fn outbound(
 
 pub fn deliver(pod: &LocalPod, to: SocketAddr, source: OriginalSrc) -> std::io::Result<TcpStream> {
     let socket = pod.socket(to)?;
-    pod.announce_source(&socket, source).map_err(std::io::Error::other)?;
+    pod.announce_source(&socket, to, source).map_err(std::io::Error::other)?;
     loopback_leg(&socket, None);
     socket.connect_timeout(&to.into(), Duration::from_secs(5))?;
     Ok(socket.into())

@@ -292,7 +292,7 @@ fn what_was_announced_for_one_connection_never_names_another() {
 
     // Refused: nobody listens yet.
     let socket = pair.local.socket(to).unwrap();
-    pair.local.announce_source(&socket, announced).unwrap();
+    pair.local.announce_source(&socket, to, announced).unwrap();
     let _ = socket.connect(&to.into());
     let refused = socket.local_addr().unwrap().as_socket().unwrap();
     assert_ne!(refused.port(), 0);

@@ -92,6 +92,26 @@ async fn a_tunnel_the_server_closed_is_not_taken() {
     assert_eq!(agents.handshakes(), 2);
 }
 
+/// The server's word and the client's next stream cross on their way.
+#[tokio::test]
+async fn no_stream_is_lost_on_a_tunnel_that_is_just_being_closed() {
+    let ca = Ca::new();
+    let agents = Agents::start(ca.identity(CLIENT), ca.identity(SERVER)).await;
+    for round in 0..100 {
+        exchange(&agents).await;
+        agents.idle(1).await;
+        let drain = async {
+            for _ in 0..round % 20 {
+                tokio::task::yield_now().await;
+            }
+            agents.drain.notify_waiters();
+        };
+        tokio::join!(exchange(&agents), drain);
+    }
+    let made = agents.handshakes();
+    assert!((50..=201).contains(&made), "{made}");
+}
+
 #[tokio::test]
 async fn idle_tunnels_end_after_their_time_at_either_side() {
     let ca = Ca::new();

@@ -380,6 +380,7 @@ impl Serving {
 
     async fn tunnel(self, mut tunnel: ServerTunnel, moved: Option<(Arc<App>, Arc<Progress>)>) {
         let mut admitted = moved;
+        let mut draining = false;
         loop {
             if let Some((app, progress)) = admitted.take() {
                 let stream = tunnel.stream();
@@ -394,7 +395,13 @@ impl Serving {
             }
             let asked = tokio::select! {
                 asked = tunnel.ask() => asked,
-                () = self.drained.notified() => return tunnel.close(),
+                () = self.drained.notified(), if !draining => {
+                    draining = true;
+                    if tunnel.retire() {
+                        continue;
+                    }
+                    return tunnel.close();
+                }
             };
             match asked {
                 Ok(Some(Asked::Open(open))) => {

@@ -213,7 +213,7 @@ impl<'a> Trial<'a> {
         let at = SocketAddr::new(own, SERVED_PORT);
         let server = self.within(|| TcpListener::bind(at))?;
         let socket = self.pod().socket(at)?;
-        self.pod().announce_source(&socket, OriginalSrc::new(source))?;
+        self.pod().announce_source(&socket, at, OriginalSrc::new(source))?;
         socket.connect_timeout(&at.into(), PATIENCE)?;
         let (accepted, seen) = server.accept()?;
         if seen != source || accepted.peer_addr()? != source {

@@ -10,7 +10,7 @@ use super::steady::Steady;
 use super::{End, Relay, Step, TURN};
 use crate::relay::pipe::Pipe;
 use crate::relay::yield_turn;
-use crate::tunnel::{MAX_RANGES, Pulled, RecordError, SLOT, Size, is_reset, send, send_vectored};
+use crate::tunnel::{MAX_RANGES, Pulled, RecordError, SLOT, Size, is_reset, send, send_now, send_vectored};
 
 /// Taken from the kernel at once; one record in fact.
 const SPLICED: usize = 64 * 1024;
@@ -24,6 +24,8 @@ pub(super) struct Down {
     pub steady: Steady,
     /// A FIN waits for the ranges before it.
     pub fin: bool,
+    /// The application was written to before. Of a socket just made tokio has not heard yet that there is room.
+    begun: bool,
     /// The application can't be written to any more.
     dead: bool,
     /// The tunnel's connection has ended after the raw direction had: there is nothing to read but a reset to notice.
@@ -43,6 +45,12 @@ struct InKernel {
 }
 
 impl Down {
+    /// Whether nothing of this direction is here.
+    pub fn can_leave(&self) -> bool {
+        let begun = self.delivered > 0 || self.offset > 0 || self.fin;
+        !begun && !self.dead && !self.over && self.kernel.is_none()
+    }
+
     /// Whether something waits in a pipe for the application, so that the tunnel is not read.
     pub fn holds(&self) -> bool {
         self.kernel.as_ref().is_some_and(|kernel| kernel.pipe.held() > 0)
@@ -159,7 +167,9 @@ impl Relay<'_> {
                 *place = IoSlice::new(range);
                 count += 1;
             }
-            let written = if count == 1 {
+            let written = if count == 1 && !std::mem::replace(&mut self.down.begun, true) {
+                send_now(self.app, first)
+            } else if count == 1 {
                 send(self.app, first)
             } else {
                 places[0] = IoSlice::new(first);

@@ -16,7 +16,7 @@ use tokio::net::TcpStream;
 use crate::tunnel::{Codec, Rejection, Stream, failed, finish_on_close, reset_on_close};
 
 use super::watch::Watch;
-use super::{End, Progress, Report, TURN};
+use super::{End, Progress, Relayed, Report, TURN};
 
 mod down;
 mod steady;
@@ -36,6 +36,21 @@ pub async fn tunnelled(
     progress: &Progress,
     mut stop: impl Future<Output = ()> + Unpin,
 ) -> Report {
+    loop {
+        if let Relayed::Ended(report) = tunnelled_while_light(app, stream, progress, &mut stop).await {
+            return report;
+        }
+    }
+}
+
+/// As [`tunnelled`], but of a connection whose [pace is watched](Progress::watch_pace) only as long as it can stay among
+/// others.
+pub async fn tunnelled_while_light(
+    app: &TcpStream,
+    stream: &mut Stream,
+    progress: &Progress,
+    mut stop: impl Future<Output = ()> + Unpin,
+) -> Relayed {
     reset_on_close(app);
     let end = {
         let (tunnel, codec) = stream.split();
@@ -53,7 +68,7 @@ pub async fn tunnelled(
         let mut watch = None;
         let end = std::future::poll_fn(|cx| {
             if Pin::new(&mut stop).poll(cx).is_ready() {
-                return Poll::Ready(End::Revoked);
+                return Poll::Ready(Some(End::Revoked));
             }
             let polled = relay.poll(cx);
             if polled.is_pending() && watch.is_none() && !relay.reads_both() {
@@ -67,12 +82,13 @@ pub async fn tunnelled(
         relay.down.steady.end(relay.tunnel);
         end
     };
+    let Some(end) = end else { return Relayed::Bulk };
     match end {
         End::Clean => finish_on_close(app),
         End::Rejected(_) => {}
         _ => stream.reset(),
     }
-    Report::new(progress, end)
+    Relayed::Ended(Report::new(progress, end))
 }
 
 struct Relay<'a> {
@@ -92,8 +108,26 @@ struct Relay<'a> {
 type Step = Poll<Result<(), End>>;
 
 impl Relay<'_> {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+    /// Ready without an end when the connection should go on elsewhere.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<End>> {
         (self.up.turn, self.down.turn) = (0, 0);
+        let before = self.progress.moved();
+        let ended = self.poll_ended(cx).map(Some);
+        let bulk = self.progress.pace.moved(before, self.progress.moved());
+        if bulk && ended.is_pending() && self.can_leave() {
+            self.progress.pace.ignore();
+            return Poll::Ready(None);
+        }
+        ended
+    }
+
+    /// Whether all there is to know about the connection is in its sockets and its codec.
+    fn can_leave(&self) -> bool {
+        let failed = self.app_failed || self.tunnel_failed.is_some() || self.rejection.is_some();
+        !failed && self.up.can_leave() && self.down.can_leave()
+    }
+
+    fn poll_ended(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         let outcome = self.poll_both(cx);
         let waiting = self.up.turn < TURN && self.down.turn < TURN;
         match outcome {
@@ -144,5 +178,5 @@ pub(super) fn size_of_future() -> usize {
     fn of<'a, F>(_: impl FnOnce(&'a TcpStream, &'a mut Stream, &'a Progress) -> F) -> usize {
         size_of::<F>()
     }
-    of(|app, stream, progress| tunnelled(app, stream, progress, std::future::pending()))
+    of(|app, stream, progress| tunnelled_while_light(app, stream, progress, std::future::pending()))
 }

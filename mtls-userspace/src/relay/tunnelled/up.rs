@@ -44,6 +44,11 @@ pub(super) struct InKernel {
 }
 
 impl Up {
+    /// Whether nothing of this direction is here.
+    pub fn can_leave(&self) -> bool {
+        self.buffer.is_none() && self.kernel.is_none()
+    }
+
     /// Whether something waits to be sent, so that the application is not read.
     pub fn holds(&self) -> bool {
         self.buffer.is_some() || self.kernel.as_ref().is_some_and(|kernel| kernel.pipe.held() > 0)

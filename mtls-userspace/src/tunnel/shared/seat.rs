@@ -6,10 +6,11 @@ use std::sync::Arc;
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
-use super::{Moving, Sink};
+use super::Sink;
 use crate::drain::Working;
 use crate::tunnel::frame::{Frame, FrameError, Rejection, WINDOW};
 use crate::tunnel::order::{Order, Role};
+use crate::tunnel::stream::Moving;
 
 /// Bytes an application has taken before they are granted again.
 const GRANT: u32 = WINDOW / 2;

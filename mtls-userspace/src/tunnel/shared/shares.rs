@@ -8,6 +8,7 @@ use super::{Lane, Shared};
 use crate::identity::SpiffeId;
 use crate::tunnel::frame::Open;
 use crate::tunnel::pool::Key;
+use crate::tunnel::sweep::Sweep;
 
 /// Of one worker. An identity's new version is a new key: what leads on from the old one begins nothing more, and is
 /// closed when it has been idle for its time.
@@ -17,8 +18,8 @@ pub(crate) struct Shares(Mutex<Known>);
 #[derive(Default)]
 struct Known {
     ways: HashMap<Key, Arc<Way>>,
-    /// Entries at which those that lead nowhere now are dropped.
-    sweep_at: usize,
+    /// Drops those that lead nowhere now.
+    sweep: Sweep,
 }
 
 /// The tunnels in use from one pod to another.
@@ -82,15 +83,12 @@ impl Way {
 
 impl Shares {
     pub fn way(&self, key: &Key) -> Arc<Way> {
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(way) = known.ways.get(key) {
+        let Known { ways, sweep } = &mut *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(way) = ways.get(key) {
             return way.clone();
         }
-        if known.ways.len() >= known.sweep_at {
-            known.ways.retain(|_, way| Arc::strong_count(way) > 1 || !way.leads_nowhere());
-            known.sweep_at = (2 * known.ways.len()).max(64);
-        }
-        known.ways.entry(key.clone()).or_default().clone()
+        sweep.before_insert(ways, |way| Arc::strong_count(way) > 1 || !way.leads_nowhere());
+        ways.entry(key.clone()).or_default().clone()
     }
 
     /// Begins nothing more on any shared tunnel; each is closed when its last stream is over.

@@ -5,8 +5,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use proptest::prelude::*;
 
+use super::outgoing::Outgoing;
 use super::*;
 use crate::addr::OriginalSrc;
+use crate::tunnel::frame::Frame;
 use crate::tunnel::frame::WINDOW;
 
 /// An application that takes so many bytes and no more.

@@ -1,0 +1,109 @@
+//! Connections that move much go on here, on a thread of their own kind: whoever says little never waits behind them,
+//! neither for the worker's turn nor, since its thread mostly sleeps, for the scheduler's.
+//!
+//! A connection that came here stays to its end. Its tunnel then goes back to the worker it came from.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+
+use tokio::net::TcpStream;
+use tokio::runtime::Handle;
+
+use super::inbound::serve;
+use super::{finish, stopped, stopped_by_either};
+use crate::drain::Working;
+use crate::observe::Connection;
+use crate::relay::{self, End, Report};
+use crate::tunnel::{ServerTunnel, Stream};
+use crate::worker::{Pod, Worker};
+
+/// Two plain sockets.
+pub(super) fn plain(worker: &Worker, working: Working, a: TcpStream, b: TcpStream, open: Connection) {
+    let (a, b) = match depart(a).and_then(|a| Ok((a, depart(b)?))) {
+        Ok(both) => both,
+        Err(error) => return failed(open, error),
+    };
+    worker.bulk(open.flow().direction, async move {
+        let _working = working;
+        let (a, b) = match a().and_then(|a| Ok((a, b()?))) {
+            Ok(both) => both,
+            Err(error) => return failed(open, error),
+        };
+        let report = relay::plain(&a, &b, open.progress(), pin!(stopped(&open))).await;
+        finish(open, report);
+    });
+}
+
+/// The source's end of a connection in a tunnel of its own.
+pub(super) fn outbound(worker: &Worker, working: Working, app: TcpStream, stream: Stream, open: Connection) {
+    let home = Handle::current();
+    let (app, stream) = match depart(app).and_then(|app| Ok((app, stream.depart()?))) {
+        Ok(both) => both,
+        Err(error) => return failed(open, error),
+    };
+    worker.bulk(open.flow().direction, async move {
+        let (app, mut stream) = match app().and_then(|app| Ok((app, stream.arrive()?))) {
+            Ok(both) => both,
+            Err(error) => return failed(open, error),
+        };
+        let report = alone(&app, &mut stream, &open).await;
+        finish(open, report);
+        drop(app);
+        // Where it ended well its tunnel is used again, by that worker.
+        if let Ok(stream) = stream.depart() {
+            home.spawn(async move { drop((stream.arrive(), working)) });
+        }
+    });
+}
+
+/// The destination's end of a connection in a tunnel of its own.
+pub(super) fn inbound(
+    worker: Arc<Worker>,
+    pod: Arc<Pod>,
+    working: Working,
+    from: SocketAddr,
+    tunnel: ServerTunnel,
+    (app, open): (TcpStream, Connection),
+) {
+    let home = Handle::current();
+    let (app, tunnel) = match depart(app).and_then(|app| Ok((app, tunnel.depart()?))) {
+        Ok(both) => both,
+        Err(error) => return failed(open, error),
+    };
+    worker.clone().bulk(open.flow().direction, async move {
+        let (app, mut tunnel) = match app().and_then(|app| Ok((app, tunnel()?))) {
+            Ok(both) => both,
+            Err(error) => return failed(open, error),
+        };
+        let report = alone(&app, tunnel.stream(), &open).await;
+        let clean = finish(open, report);
+        drop(app);
+        if clean && let Ok(tunnel) = tunnel.depart() {
+            home.spawn(async move {
+                if let Ok(tunnel) = tunnel() {
+                    serve(worker, pod, working, from, tunnel, None).await;
+                }
+            });
+        }
+    });
+}
+
+async fn alone(app: &TcpStream, stream: &mut Stream, open: &Connection) -> Report {
+    let peer = stream.proof();
+    let stopped = pin!(stopped_by_either(open, &peer));
+    relay::tunnelled(app, stream, open.progress(), stopped).await
+}
+
+/// Takes a socket off this thread's event loop; what is returned adds it to that of whoever calls it.
+fn depart(socket: TcpStream) -> io::Result<impl FnOnce() -> io::Result<TcpStream> + Send> {
+    let socket = socket.into_std()?;
+    Ok(move || TcpStream::from_std(socket))
+}
+
+/// An event loop did not take a socket. All sockets of the connection are dropped, which resets the applications'.
+fn failed(open: Connection, error: io::Error) {
+    let report = Report::new(open.progress(), End::Io(error));
+    finish(open, report);
+}
