@@ -111,7 +111,6 @@ fn outbound_lane(
 }
 
 /// Relays over a tunnel that no other connection uses.
-#[expect(clippy::manual_async_fn, reason = "as above")]
 fn alone<'a>(
     worker: &'a Worker,
     app: &'a TcpStream,
@@ -127,7 +126,6 @@ fn alone<'a>(
 }
 
 /// Relays between two plain sockets.
-#[expect(clippy::manual_async_fn, reason = "as above")]
 fn plain<'a>(
     worker: &'a Worker,
     app: &'a TcpStream,

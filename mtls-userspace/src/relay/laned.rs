@@ -10,6 +10,7 @@ use std::io;
 use std::net::Shutdown;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -18,7 +19,7 @@ use tokio::net::TcpStream;
 
 use crate::tunnel::{
     self, Ending, Failure, Heard, Lane, LaneState as State, Sink, Stream, failed, finish_on_close, is_reset,
-    receive, reset_on_close, send,
+    receive, reset_on_close, send, send_now,
 };
 
 use super::watch::Watch;
@@ -43,12 +44,14 @@ pub struct App {
     pub socket: TcpStream,
     counts: Arc<dyn Counts>,
     at_client: bool,
+    /// It was written to before. Of a socket just made tokio has not heard yet that there is room.
+    begun: AtomicBool,
 }
 
 impl App {
     /// `at_client` where the application is the connection's source.
     pub fn new(socket: TcpStream, counts: Arc<dyn Counts>, at_client: bool) -> Arc<Self> {
-        Arc::new(Self { socket, counts, at_client })
+        Arc::new(Self { socket, counts, at_client, begun: AtomicBool::new(false) })
     }
 
     fn progress(&self) -> &Progress {
@@ -63,7 +66,8 @@ impl App {
 
 impl Sink for App {
     fn take(&self, bytes: &[u8]) -> io::Result<usize> {
-        let n = send(&self.socket, bytes)?;
+        let begun = self.begun.swap(true, Ordering::Relaxed);
+        let n = if begun { send(&self.socket, bytes)? } else { send_now(&self.socket, bytes)? };
         self.progress().went_down(self.at_client, n);
         Ok(n)
     }
