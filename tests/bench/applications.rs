@@ -132,10 +132,10 @@ fn number_after(text: &str, label: &str) -> Result<f64> {
     rest[..end].parse().with_context(|| format!("no number after {label:?} in:\n{text}"))
 }
 
-/// Of a line such as `99%    1.23ms` in wrk's latency distribution.
+/// Of a line such as `99%    1.23ms` in wrk's latency distribution. Other lines have percentages too.
 fn microseconds(text: &str, label: &str) -> Result<f64> {
-    let value = number_after(text, label)?;
-    let line = text.lines().find(|line| line.trim_start().starts_with(label)).unwrap_or_default().trim_end();
+    let line = text.lines().map(str::trim).find(|line| line.starts_with(label));
+    let line = line.with_context(|| format!("no line with {label:?} in:\n{text}"))?;
     let unit = if line.ends_with("us") {
         1.0
     } else if line.ends_with("ms") {
@@ -143,7 +143,7 @@ fn microseconds(text: &str, label: &str) -> Result<f64> {
     } else {
         1e6
     };
-    Ok(value * unit)
+    Ok(number_after(line, label)? * unit)
 }
 
 #[cfg(test)]
@@ -156,10 +156,10 @@ mod tests {
         assert_eq!(number_after(pgbench, "tps = ").unwrap(), 18123.456789);
         let redis = "\"test\",\"rps\",\"avg\"\n\"GET\",\"61728.40\",\"0.5\"\n";
         assert_eq!(number_after(redis, "\"GET\",\"").unwrap(), 61728.4);
-        let wrk = "  Latency Distribution\n     50%  512.00us\n     99%    2.50ms\nRequests/sec:  12345.67\n";
+        let wrk = "    Latency     4.24ms  655.13us   8.21ms   75.50%\n  Latency Distribution\n     50%  512.00us\n     99%    2.50ms\nRequests/sec:  12345.67\n";
         assert_eq!(number_after(wrk, "Requests/sec:").unwrap(), 12345.67);
         assert_eq!(microseconds(wrk, "50%").unwrap(), 512.0);
         assert_eq!(microseconds(wrk, "99%").unwrap(), 2500.0);
-        assert!(number_after(wrk, "tps = ").is_err());
+        assert!(number_after(wrk, "tps = ").is_err() && microseconds(wrk, "90%").is_err());
     }
 }
