@@ -163,10 +163,10 @@ fn what_moves_much_goes_on_in_nobodys_way_and_its_tunnel_comes_back() -> Result<
     for (node, direction) in [("node-a", "outbound"), ("node-b", "inbound")] {
         assert_eq!(became_bulk(&mut scene, node, direction)?, 6.0, "{node}");
     }
-    // Each of two data threads keeps a tunnel or two, whichever thread they were on meanwhile.
+    // Each of two data threads keeps a few, whichever thread they were on meanwhile.
     let opened = scene.mesh.agent("node-a").metrics()?;
     let opened = opened.sum("mtls_tunnels_opened_total", &[("direction", "outbound")]);
-    assert!(opened <= 6.0, "18 connections one after the other took {opened} tunnels");
+    assert!(opened <= 9.0, "18 connections one after the other took {opened} tunnels");
     // Between pods of one node there is no tunnel.
     let near = scene.near.clone();
     upload(&mut scene, &near, "150000000")?;
