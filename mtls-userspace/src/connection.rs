@@ -6,8 +6,9 @@
 //! plaintext:  capture ─► policy ─► relay
 //! ```
 //!
-//! What comes out of a tunnel is in `inbound`, what becomes of connections that move much in `bulk`. Each `pub` function here is a task on one data worker. An error anywhere
-//! ends the connection with a reset to the application and one line in the access log; no path falls back to plaintext.
+//! What comes out of a tunnel is in `inbound`, what becomes of connections that move much in `bulk`. Each `pub` function
+//! here is a task on one data worker. An error anywhere ends the connection with a reset to the application and one line in
+//! the access log; no path falls back to plaintext.
 
 use std::io;
 use std::net::SocketAddr;

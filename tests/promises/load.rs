@@ -146,7 +146,7 @@ fn what_moves_much_goes_on_in_nobodys_way_and_its_tunnel_comes_back() -> Result<
     let upload = |scene: &mut Scene, from: &Pod, bytes: &str| -> Result<()> {
         let sent = from.app(&["dial", "upload", &sum, "--bytes", bytes])?;
         assert!(sent["match"] == true && sent["ended"] == "eof", "{sent}");
-        // Not its bytes, but its time counts.
+        // A short one between two, which must not count.
         assert_echoed(&scene.far.app(&["dial", "echo", &talk])?);
         Ok(())
     };

@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::registry::Registry;
 
 use crate::mesh::Workload;
@@ -218,28 +220,23 @@ impl Observer {
     }
 
     pub fn tunnel_opened(&self, direction: Direction) {
-        let labels = DirectionLabels { direction: direction.as_str() };
-        self.inner.events.tunnels_opened.get_or_create(&labels).inc();
+        count_by(&self.inner.events.tunnels_opened, direction);
     }
 
     pub fn tunnel_reused(&self, direction: Direction) {
-        let labels = DirectionLabels { direction: direction.as_str() };
-        self.inner.events.tunnels_reused.get_or_create(&labels).inc();
+        count_by(&self.inner.events.tunnels_reused, direction);
     }
 
     pub fn lane_opened(&self, direction: Direction) {
-        let labels = DirectionLabels { direction: direction.as_str() };
-        self.inner.events.lanes_opened.get_or_create(&labels).inc();
+        count_by(&self.inner.events.lanes_opened, direction);
     }
 
     pub fn lane_left(&self, direction: Direction) {
-        let labels = DirectionLabels { direction: direction.as_str() };
-        self.inner.events.lanes_left.get_or_create(&labels).inc();
+        count_by(&self.inner.events.lanes_left, direction);
     }
 
     pub fn became_bulk(&self, direction: Direction) {
-        let labels = DirectionLabels { direction: direction.as_str() };
-        self.inner.events.became_bulk.get_or_create(&labels).inc();
+        count_by(&self.inner.events.became_bulk, direction);
     }
 
     /// Counts a plaintext connection that the kernel half decided alone; `source` is whoever has the address. Those
@@ -432,6 +429,10 @@ impl Observer {
         };
         self.inner.events.plaintext.entry(&labels).value.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+fn count_by(counters: &Family<DirectionLabels, Counter>, direction: Direction) {
+    counters.get_or_create(&DirectionLabels { direction: direction.as_str() }).inc();
 }
 
 fn count(counter: &AtomicU64) {
