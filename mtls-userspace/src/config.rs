@@ -159,7 +159,7 @@ pub struct Options {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ShareTunnels {
-    /// The first connection from one pod to another has a tunnel of its own, others share one until they become fast
+    /// Those that go from one pod to another share one until they become fast
     #[default]
     Auto,
     /// One

@@ -86,10 +86,7 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
         kernel,
         kernel_rekey: chosen.uses(Choice::KtlsRekey),
         congestion: config.tunnel_congestion.clone(),
-        share_after: match config.share_tunnels {
-            ShareTunnels::Auto => usual.share_after,
-            ShareTunnels::Off => None,
-        },
+        share: config.share_tunnels == ShareTunnels::Auto,
         ..usual
     });
     tunnel.check()?;

@@ -29,7 +29,11 @@ pub fn reported(scene: &mut Scene) -> Result<String> {
     ensure!(finding["works"] == has_tls, "a socket says {has_tls}: {finding}");
     let metrics = scene.mesh.agent("node-a").metrics()?;
     let used = metrics.sum("mtls_capability", &[("feature", "ktls-aes-128-gcm")]);
-    ensure!(metrics.has("mtls_capability") && used == f64::from(u8::from(has_tls)), "the agent says {used}");
+    ensure!(
+        metrics.has("mtls_capability") && used == f64::from(u8::from(has_tls)),
+        "the agent says {used}:\n{}",
+        scene.mesh.agent("node-a").log()
+    );
     let said = match has_tls {
         true => finding["seen"].as_str(),
         false => {

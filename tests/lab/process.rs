@@ -24,6 +24,11 @@ use serde_json::Value;
 /// How long anything in the lab may take unless it says otherwise.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
+/// A child of an ended process may hold its pipes open: when nothing has come through them for this many spells, what
+/// has arrived has to do. Counted, not timed: on a machine that stood still meanwhile the reader has not had its turn.
+const QUIET_SPELLS: u32 = 10;
+const SPELL: Duration = Duration::from_millis(50);
+
 /// A command that will run in a network namespace and a cgroup.
 ///
 /// Not by `ip netns exec`, which mounts a new `/sys` and so hides cgroups and bpffs.
@@ -65,6 +70,12 @@ struct Lines {
     lines: Vec<String>,
     errors: String,
     closed: u8,
+}
+
+impl Lines {
+    fn arrived(&self) -> (usize, usize, u8) {
+        (self.lines.len(), self.errors.len(), self.closed)
+    }
 }
 
 /// A process that has ended.
@@ -243,12 +254,12 @@ impl Running {
             }
             std::thread::sleep(Duration::from_millis(2));
         };
-        // A child of the process may hold the pipes open: what has arrived by now has to do.
-        let grace = Instant::now() + Duration::from_millis(500);
         let mut state = self.output.lock();
-        while state.closed < 2 {
-            let Some(left) = grace.checked_duration_since(Instant::now()) else { break };
-            state = self.output.changed.wait_timeout(state, left).unwrap_or_else(|e| e.into_inner()).0;
+        let mut quiet = 0;
+        while state.closed < 2 && quiet < QUIET_SPELLS {
+            let before = state.arrived();
+            state = self.output.changed.wait_timeout(state, SPELL).unwrap_or_else(|e| e.into_inner()).0;
+            quiet = if state.arrived() == before { quiet + 1 } else { 0 };
         }
         Ok(Finished { status, stdout: state.lines.join("\n"), stderr: std::mem::take(&mut state.errors) })
     }

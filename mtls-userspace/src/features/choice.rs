@@ -98,7 +98,7 @@ impl TryFrom<String> for Forced {
 pub struct Chosen(BTreeMap<Choice, Result<(), Box<str>>>);
 
 /// How long the agent's start waits for all of it. What has not answered by then counts as not working.
-const PATIENCE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 impl Chosen {
     /// Tries each path once and decides.

@@ -28,6 +28,10 @@ impl Pace {
         self.0.store(ANY, Ordering::Relaxed);
     }
 
+    pub fn take_for_bulk(&self) {
+        self.0.store(BULK, Ordering::Relaxed);
+    }
+
     /// Takes how many bytes had moved at two times, and says whether this is, or was once, a connection that moves much.
     pub fn moved(&self, before: u64, after: u64) -> bool {
         let state = self.0.load(Ordering::Relaxed);

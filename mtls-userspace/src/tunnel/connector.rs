@@ -96,26 +96,19 @@ impl Connector {
         Ok(Stream::open(session, open, proof, self.home(key), reused))
     }
 
-    /// As [`Self::open`], but where several streams go the same way, those after the first
-    /// [`Config::share_after`] share a tunnel.
+    /// As [`Self::open`], but on a tunnel that streams going the same way share, where [`Config::share`] says so and the
+    /// peer knows how.
     pub async fn carry(
         &self,
         target: Target<'_>,
         open: Open,
         dial: impl FnOnce() -> io::Result<socket2::Socket>,
     ) -> Result<Carried, Error> {
-        let Some(alone) = self.config.share_after else {
+        if !self.config.share {
             return self.open(target, open, dial).await.map(Carried::Alone);
-        };
+        }
         let key = target.key();
         let way = self.shares.way(&key);
-        if way.own() < alone {
-            let live = way.live();
-            let (session, proof, reused) = self.session(&target, &key, dial).await?;
-            let mut stream = Stream::open(session, open, proof, self.home(key), reused);
-            stream.count(live);
-            return Ok(Carried::Alone(stream));
-        }
         if let Some(lane) = way.lane(target.expected, &open) {
             return Ok(Carried::Shared(lane));
         }
@@ -152,11 +145,7 @@ impl Connector {
         let refused = asked.await.map_err(|_| Error::HandshakeTimedOut { waited })??;
         let home = self.home(key);
         match refused {
-            None => {
-                let mut stream = Stream::go_on(session, home, reused);
-                stream.count(self.shares.way(&target.key()).live());
-                Ok(stream)
-            }
+            None => Ok(Stream::go_on(session, home, reused)),
             Some(rejection) => {
                 session.codec.order.settle();
                 home.put(session);

@@ -99,8 +99,8 @@ pub struct Config {
     pub receive_buffer: Option<usize>,
     /// Congestion control of the tunnels' connections; `None` leaves the host's.
     pub congestion: Option<String>,
-    /// Streams from one pod to another that have a tunnel of their own before others share one; `None` if none share.
-    pub share_after: Option<usize>,
+    /// Whether streams that exchange little share the tunnels from one pod to another.
+    pub share: bool,
     /// Idle tunnels a worker keeps to one destination, and in all.
     pub idle_per_destination: usize,
     pub idle_total: usize,
@@ -176,7 +176,7 @@ impl Default for Config {
             retransmit: Some(Duration::from_secs(2)),
             receive_buffer: Some(2 << 20),
             congestion: None,
-            share_after: Some(1),
+            share: true,
             idle_per_destination: 64,
             idle_total: 1024,
             rekey_after: 1 << 22,

@@ -14,7 +14,6 @@ use super::Codec;
 use super::frame::Open;
 use super::peers::Peer;
 use super::pool::Home;
-use super::shared::Live;
 use super::socket;
 use super::verify::Expected;
 
@@ -53,15 +52,14 @@ impl Moving {
 pub struct Departed {
     moving: Box<Moving>,
     home: Option<Home>,
-    live: Option<Live>,
     reused: bool,
 }
 
 impl Departed {
     /// Goes on in the runtime of whoever calls.
     pub fn arrive(self) -> io::Result<Stream> {
-        let Self { moving, home, live, reused } = self;
-        Ok(Stream { session: Some(moving.arrive()?), home, live, reused, aborted: false })
+        let Self { moving, home, reused } = self;
+        Ok(Stream { session: Some(moving.arrive()?), home, reused, aborted: false })
     }
 }
 
@@ -71,8 +69,6 @@ pub struct Stream {
     /// Taken only by drop.
     session: Option<Box<Session>>,
     home: Option<Home>,
-    /// Of a client whose streams may share tunnels.
-    live: Option<Live>,
     reused: bool,
     aborted: bool,
 }
@@ -92,17 +88,12 @@ impl Stream {
 
     /// A client's stream that another tunnel carried before.
     pub(crate) fn go_on(session: Box<Session>, home: Home, reused: bool) -> Self {
-        Self { session: Some(session), home: Some(home), live: None, reused, aborted: false }
-    }
-
-    /// Counts this stream among those with a tunnel of their own.
-    pub(crate) fn count(&mut self, live: Live) {
-        self.live = Some(live);
+        Self { session: Some(session), home: Some(home), reused, aborted: false }
     }
 
     /// A server's tunnel, which carries one stream after the other.
     pub(crate) fn serve(session: Box<Session>) -> Self {
-        Self { session: Some(session), home: None, live: None, reused: false, aborted: false }
+        Self { session: Some(session), home: None, reused: false, aborted: false }
     }
 
     /// The tunnel itself, for what is no stream.
@@ -115,7 +106,7 @@ impl Stream {
     pub fn depart(mut self) -> io::Result<Departed> {
         let Some(session) = self.session.take() else { return Err(io::ErrorKind::NotConnected.into()) };
         let moving = session.depart()?;
-        Ok(Departed { moving, home: self.home.take(), live: self.live.take(), reused: self.reused })
+        Ok(Departed { moving, home: self.home.take(), reused: self.reused })
     }
 
     /// A server's tunnel carries its first stream.

@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::foreign::{self, FIN, Manners, data, open_frame};
-use crate::world::{Agents, CLIENT, Ca, SERVER, listen, open_stream, soon};
+use crate::world::{Agents, CLIENT, Ca, SERVER, alone, listen, open_stream, soon};
 
 #[tokio::test]
 async fn a_rustls_client_is_understood_across_key_updates() {
@@ -96,7 +96,7 @@ async fn a_rustls_server_understands_us_across_our_key_updates() {
 #[tokio::test]
 async fn keys_change_under_way_between_our_own() {
     let ca = Ca::new();
-    let often = || Config { rekey_after: 40, ..Config::default() };
+    let often = || Config { rekey_after: 40, ..alone() };
     let agents = Agents::start_with(ca.identity(CLIENT), ca.identity(SERVER), often(), often()).await;
     let (near, far) = soon(agents.connect()).await;
     let block: Vec<u8> = (0..20_000_000u32).map(|i| (i % 251) as u8).collect();

@@ -13,8 +13,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::resets::{must_be_reset, reset};
-use crate::transfers::{noise, read_random, write_random};
-use crate::world::{Agents, CLIENT, Ca, DENIED_PORT, SERVER, listen, open_stream, soon};
+use crate::transfers::{noise, read_random, write_random, write_random_both_ways};
+use crate::world::{Agents, CLIENT, Ca, DENIED_PORT, SERVER, alone, listen, open_stream, soon};
 
 /// Bytes after which whoever wants a raw stream asks for one.
 const AFTER: u64 = 100_000;
@@ -27,12 +27,13 @@ pub struct Way {
 }
 
 impl Way {
+    /// Of an end whose streams have tunnels of their own.
     fn config(self, end: usize) -> Config {
         Config {
             raw_after: self.asks[end].then_some(AFTER),
             kernel: suites(self.kernel[end]),
             kernel_rekey: rekeys(),
-            ..Config::default()
+            ..alone()
         }
     }
 
@@ -40,6 +41,14 @@ impl Way {
         let ca = Ca::new();
         let (client, server) = (ca.identity(CLIENT), ca.identity(SERVER));
         Agents::start_with(client, server, self.config(0), self.config(1)).await
+    }
+
+    /// Whose streams begin on a lane and get a tunnel of their own when they turn out to be fast.
+    async fn sharing_agents(self) -> Agents {
+        let ca = Ca::new();
+        let (client, server) = (ca.identity(CLIENT), ca.identity(SERVER));
+        let client_config = Config { share: true, ..self.config(0) };
+        Agents::start_with(client, server, client_config, self.config(1)).await
     }
 
     /// What an end that moved bytes both ways must report.
@@ -115,17 +124,7 @@ async fn random_writes_arrive_unchanged_both_ways() {
     for way in ways() {
         let mut agents = way.agents().await;
         let (near, far) = soon(agents.connect()).await;
-        let (near_read, near_write) = near.into_split();
-        let (far_read, far_write) = far.into_split();
-        let tasks = [
-            tokio::spawn(write_random(near_write, 1, TOTAL)),
-            tokio::spawn(write_random(far_write, 2, TOTAL)),
-            tokio::spawn(read_random(far_read, 1, TOTAL)),
-            tokio::spawn(read_random(near_read, 2, TOTAL)),
-        ];
-        for task in tasks {
-            tokio::time::timeout(Duration::from_secs(60), task).await.expect("stalled").unwrap();
-        }
+        write_random_both_ways(near, far, TOTAL).await;
         for (end, report) in ends(&mut agents).await.into_iter().enumerate() {
             assert!(matches!(report.end, End::Clean), "{way:?}: {:?}", report.end);
             assert_eq!((report.sent, report.received), (TOTAL as u64, TOTAL as u64), "{way:?}");
@@ -136,6 +135,31 @@ async fn random_writes_arrive_unchanged_both_ways() {
         let (mut near, mut far) = soon(agents.connect()).await;
         converse(&mut near, &mut far).await;
         assert_eq!(agents.handshakes(), 2);
+    }
+}
+
+/// Streams that begin on a lane, get a tunnel of their own, and are then taken from one event loop to another while they
+/// carry bytes, before they become raw.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_that_moves_on_loses_nothing_and_may_still_become_raw() {
+    const TOTAL: usize = 4 << 20;
+    let never = Way { asks: [false, false], kernel: [false, false] };
+    for way in ways().into_iter().chain([never]) {
+        let mut agents = way.sharing_agents().await;
+        agents.wander();
+        let (near, far) = soon(agents.connect()).await;
+        write_random_both_ways(near, far, TOTAL).await;
+        for (end, report) in ends(&mut agents).await.into_iter().enumerate() {
+            assert!(matches!(report.end, End::Clean), "{way:?}: {:?}", report.end);
+            assert_eq!((report.sent, report.received), (TOTAL as u64, TOTAL as u64), "{way:?}");
+            let raw = way.asks != [false, false];
+            assert_eq!(report.records, if raw { way.records(end) } else { Records::Userspace }, "{way:?}");
+        }
+        let departures = agents.departures();
+        assert!(departures.iter().all(|count| *count > 0), "{way:?}: {departures:?}");
+        if way.asks == [false, false] {
+            agents.idle(1).await;
+        }
     }
 }
 
@@ -281,7 +305,7 @@ async fn our_own_key_updates_are_followed_or_end_in_a_reset() {
             rekey_after: 40,
             kernel: suites(kernel_sends),
             kernel_rekey: sender_rekeys,
-            ..Config::default()
+            ..alone()
         };
         let receives =
             Config { kernel: suites(kernel_receives), kernel_rekey: receiver_rekeys, ..Config::default() };

@@ -11,7 +11,7 @@ use mtls::tunnel::{Acceptor, Config, Connector, Open, RejectReason};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::world::{Agents, CLIENT, Ca, DENIED_PORT, SERVER, eventually, listen, open_stream, soon};
+use crate::world::{Agents, CLIENT, Ca, DENIED_PORT, SERVER, alone, eventually, listen, open_stream, soon};
 
 /// One whole exchange, both directions ended.
 async fn exchange(agents: &Agents) {
@@ -115,7 +115,7 @@ async fn no_stream_is_lost_on_a_tunnel_that_is_just_being_closed() {
 #[tokio::test]
 async fn idle_tunnels_end_after_their_time_at_either_side() {
     let ca = Ca::new();
-    let short = || Config { idle_client: Duration::from_millis(100), ..Config::default() };
+    let short = || Config { idle_client: Duration::from_millis(100), ..alone() };
     let agents =
         Agents::start_with(ca.identity(CLIENT), ca.identity(SERVER), short(), Config::default()).await;
     exchange(&agents).await;
@@ -123,8 +123,7 @@ async fn idle_tunnels_end_after_their_time_at_either_side() {
     agents.idle(0).await;
 
     let short = || Config { idle_server: Duration::from_millis(100), ..Config::default() };
-    let agents =
-        Agents::start_with(ca.identity(CLIENT), ca.identity(SERVER), Config::default(), short()).await;
+    let agents = Agents::start_with(ca.identity(CLIENT), ca.identity(SERVER), alone(), short()).await;
     exchange(&agents).await;
     agents.idle(1).await;
     tokio::time::sleep(Duration::from_millis(300)).await;
@@ -200,7 +199,7 @@ async fn visit(agents: &Agents, client: &Arc<Identity>) -> bool {
 async fn sessions_resume_until_either_identity_version_ends() {
     let ca = Ca::new();
     let client = ca.identity(CLIENT);
-    let none = || Config { idle_total: 0, ..Config::default() };
+    let none = || Config { idle_total: 0, ..alone() };
     let agents = Agents::start_with(client.clone(), ca.identity(SERVER), none(), Config::default()).await;
     assert!(!visit(&agents, &client).await);
     assert!(visit(&agents, &client).await);

@@ -14,7 +14,7 @@ use tokio_rustls::client::TlsStream;
 use crate::foreign::{self, Manners, open_frame};
 use crate::resets::{must_be_reset, reset};
 use crate::transfers::{noise, read_random, write_random};
-use crate::world::{Agents, CLIENT, Ca, DENIED_PORT, Leaf, SERVER, dial, eventually, judging, sharing, soon};
+use crate::world::{Agents, CLIENT, Ca, DENIED_PORT, Leaf, SERVER, alone, dial, eventually, judging, soon};
 
 type Pair = (TcpStream, TcpStream);
 
@@ -47,24 +47,31 @@ async fn end((near, mut far): Pair) {
 }
 
 #[tokio::test]
-async fn streams_that_exchange_little_share_a_tunnel_all_but_the_first() {
-    let agents = Agents::sharing(Some(1)).await;
+async fn streams_that_exchange_little_share_a_tunnel() {
+    let agents = Agents::with(Config::default()).await;
     let mut pairs = pairs(&agents, 30).await;
-    assert_eq!(agents.handshakes(), 2);
+    assert_eq!(agents.handshakes(), 1);
     for pair in &mut pairs {
         talk(pair).await;
     }
-    // When the first has gone, its tunnel is the next stream's.
+}
+
+/// Asked not to, each has its own, and the next stream takes the first's.
+#[tokio::test]
+async fn streams_that_may_not_share_have_a_tunnel_each() {
+    let agents = Agents::with(alone()).await;
+    let mut pairs = pairs(&agents, 3).await;
+    assert_eq!(agents.handshakes(), 3);
     end(pairs.remove(0)).await;
     agents.idle(1).await;
     let mut next = soon(agents.connect()).await;
     talk(&mut next).await;
-    assert_eq!((agents.handshakes(), agents.connector.idle()), (2, 0));
+    assert_eq!((agents.handshakes(), agents.connector.idle()), (3, 0));
 }
 
 #[tokio::test]
 async fn lanes_are_used_again_and_again_and_more_than_there_are_take_another_tunnel() {
-    let agents = Agents::sharing(Some(0)).await;
+    let agents = Agents::with(Config::default()).await;
     for _ in 0..300 {
         let pair = pairs(&agents, 1).await.remove(0);
         end(pair).await;
@@ -80,7 +87,7 @@ async fn lanes_are_used_again_and_again_and_more_than_there_are_take_another_tun
 /// It goes on in a tunnel of its own, which another may have afterwards.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_fast_stream_leaves_and_the_others_stay() {
-    let mut agents = Agents::sharing(Some(0)).await;
+    let mut agents = Agents::with(Config::default()).await;
     let mut others = pairs(&agents, 5).await;
     for up in [true, false] {
         let (near, far) = soon(agents.connect()).await;
@@ -102,7 +109,7 @@ async fn a_fast_stream_leaves_and_the_others_stay() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_may_leave_after_one_of_its_ends_is_done() {
-    let mut agents = Agents::sharing(Some(0)).await;
+    let mut agents = Agents::with(Config::default()).await;
     let (mut near, mut far) = soon(agents.connect()).await;
     near.write_all(b"send it all").await.unwrap();
     near.shutdown().await.unwrap();
@@ -120,7 +127,7 @@ async fn a_stream_may_leave_after_one_of_its_ends_is_done() {
 /// Also where it cannot have a tunnel of its own, it gets through, and whoever reads nothing stops only its writer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_that_sleeps_is_in_nobodys_way() {
-    let agents = Agents::sharing(Some(0)).await;
+    let agents = Agents::with(Config::default()).await;
     let mut others = pairs(&agents, 3).await;
     agents.refuse_tunnels();
     let (mut near, far) = soon(agents.connect()).await;
@@ -150,7 +157,7 @@ async fn a_reader_that_sleeps_is_in_nobodys_way() {
 
 #[tokio::test]
 async fn an_abort_ends_one_stream_and_not_its_tunnel() {
-    let mut agents = Agents::sharing(Some(0)).await;
+    let mut agents = Agents::with(Config::default()).await;
     let mut others = pairs(&agents, 3).await;
     for by_client in [true, false] {
         let (near, far) = pairs(&agents, 1).await.remove(0);
@@ -167,7 +174,7 @@ async fn an_abort_ends_one_stream_and_not_its_tunnel() {
 
 #[tokio::test]
 async fn a_refused_stream_is_told_why_and_the_others_go_on() {
-    let mut agents = Agents::sharing(Some(0)).await;
+    let mut agents = Agents::with(Config::default()).await;
     let mut others = pairs(&agents, 2).await;
     for _ in 0..3 {
         let mut app = agents.ask_for(DENIED_PORT).await;
@@ -187,7 +194,7 @@ async fn a_refused_stream_is_told_why_and_the_others_go_on() {
 
 #[tokio::test]
 async fn a_server_that_drains_keeps_what_is_open_and_gets_nothing_new() {
-    let agents = Agents::sharing(Some(0)).await;
+    let agents = Agents::with(Config::default()).await;
     let mut old = pairs(&agents, 3).await;
     agents.drain.notify_one();
     // Until the client has heard of it, what it asks for is served.
@@ -208,7 +215,7 @@ async fn a_server_that_drains_keeps_what_is_open_and_gets_nothing_new() {
 #[tokio::test]
 async fn a_shared_tunnel_ends_when_it_was_idle_for_its_time() {
     let ca = Ca::new();
-    let short = Config { idle_client: Duration::from_millis(100), ..sharing(Some(0)) };
+    let short = Config { idle_client: Duration::from_millis(100), ..Config::default() };
     let agents = Agents::start_with(ca.identity(CLIENT), ca.identity(SERVER), short, Config::default()).await;
     for round in 1..=2 {
         let mut pair = pairs(&agents, 1).await.remove(0);
@@ -228,7 +235,7 @@ async fn pods_of_one_identity_have_tunnels_of_their_own() {
     let client = ca.identity(CLIENT);
     let expected = SERVER.parse().unwrap();
     let agents =
-        Agents::start_with(client.clone(), ca.identity(SERVER), sharing(Some(0)), Config::default()).await;
+        Agents::start_with(client.clone(), ca.identity(SERVER), Config::default(), Config::default()).await;
     let mut kept = Vec::new();
     for (netns, handshakes) in [(1, 1), (1, 1), (2, 2), (1, 2), (2, 2)] {
         let target = Target { identity: &client, expected: &expected, netns, address: agents.inbound };
@@ -241,7 +248,7 @@ async fn pods_of_one_identity_have_tunnels_of_their_own() {
 #[tokio::test]
 async fn keys_are_changed_under_many_streams() {
     let ca = Ca::new();
-    let eager = || Config { rekey_after: 3, ..sharing(Some(0)) };
+    let eager = || Config { rekey_after: 3, ..Config::default() };
     let agents = Agents::start_with(ca.identity(CLIENT), ca.identity(SERVER), eager(), eager()).await;
     let mut pairs = pairs(&agents, 4).await;
     for _ in 0..40 {
@@ -258,7 +265,7 @@ async fn streams_end_when_their_peer_is_no_longer_trusted() {
     let (client, server) = (ca.identity(CLIENT), ca.identity(SERVER));
     for at_client in [true, false] {
         let mut agents =
-            Agents::start_with(client.clone(), server.clone(), sharing(Some(0)), Config::default()).await;
+            Agents::start_with(client.clone(), server.clone(), Config::default(), Config::default()).await;
         let mut open = pairs(&agents, 3).await;
         agents.client_config.trust(&judging(&client, &[&ca], Revocations::default())).unwrap();
         for pair in &mut open {
@@ -286,7 +293,7 @@ async fn streams_end_when_their_peer_is_no_longer_trusted() {
 async fn an_expired_peer_keeps_its_streams_and_gets_no_other() {
     let ca = Ca::new();
     let brief = ca.identity_with(CLIENT, Leaf { seconds: 3, ..Leaf::default() }, &[&ca]);
-    let agents = Agents::start_with(brief, ca.identity(SERVER), sharing(Some(0)), Config::default()).await;
+    let agents = Agents::start_with(brief, ca.identity(SERVER), Config::default(), Config::default()).await;
     let mut open = pairs(&agents, 2).await;
     tokio::time::sleep(Duration::from_millis(4500)).await;
     for pair in &mut open {

@@ -99,16 +99,21 @@ async fn few_bytes_behind_many_are_not_kept_back(mut agents: Agents) {
 async fn a_gibibyte_of_random_writes_arrives_unchanged_both_ways(agents: Agents) {
     const TOTAL: usize = 1 << 30;
     let (near, far) = soon(agents.connect()).await;
+    write_random_both_ways(near, far, TOTAL).await;
+}
+
+/// Until both ends have read all that was meant for them, and its end.
+pub async fn write_random_both_ways(near: TcpStream, far: TcpStream, total: usize) {
     let (near_read, near_write) = near.into_split();
     let (far_read, far_write) = far.into_split();
     let tasks = [
-        tokio::spawn(write_random(near_write, 1, TOTAL)),
-        tokio::spawn(write_random(far_write, 2, TOTAL)),
-        tokio::spawn(read_random(far_read, 1, TOTAL)),
-        tokio::spawn(read_random(near_read, 2, TOTAL)),
+        tokio::spawn(write_random(near_write, 1, total)),
+        tokio::spawn(write_random(far_write, 2, total)),
+        tokio::spawn(read_random(far_read, 1, total)),
+        tokio::spawn(read_random(near_read, 2, total)),
     ];
     for task in tasks {
-        tokio::time::timeout(std::time::Duration::from_secs(240), task).await.unwrap().unwrap();
+        tokio::time::timeout(std::time::Duration::from_secs(240), task).await.expect("stalled").unwrap();
     }
 }
 

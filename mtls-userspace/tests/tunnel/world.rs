@@ -9,7 +9,9 @@ use std::time::{Duration, SystemTime};
 
 use mtls::addr::OriginalSrc;
 use mtls::identity::{Identity, Revocations, SpiffeId, Svid, TrustBundle};
-use mtls::relay::{App, End, Growing, Laned, Progress, Report, laned, prepare, tunnelled};
+use mtls::relay::{
+    App, End, Growing, Laned, Progress, Relayed, Report, laned, prepare, tunnelled_while_light,
+};
 use mtls::tunnel::{
     Acceptor, Asked, Carried, Config, Connector, Error, Lane, Open, Peer, RejectReason, Rejection,
     ServerTunnel, SharedTunnel, Stream, Target,
@@ -168,15 +170,48 @@ pub struct Agents {
     /// Where the next stream is to go, if not to the application.
     elsewhere: Arc<Mutex<Option<SocketAddr>>>,
     refusing: Arc<AtomicBool>,
+    wandering: Arc<Wandering>,
+}
+
+/// Streams that leave their event loop again and again in the midst of what they carry, if wanted.
+#[derive(Default)]
+struct Wandering {
+    wanted: AtomicBool,
+    departures: [AtomicUsize; 2],
+}
+
+/// As long as this lives a connection is taken for bulk, time and again.
+struct Driven(tokio::task::AbortHandle);
+
+impl Drop for Driven {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Wandering {
+    fn drive(&self, progress: &Arc<Progress>) -> Option<Driven> {
+        self.wanted.load(Ordering::Relaxed).then(|| {
+            progress.take_for_bulk();
+            let progress = progress.clone();
+            let driver = tokio::spawn(async move {
+                loop {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                    progress.take_for_bulk();
+                }
+            });
+            Driven(driver.abort_handle())
+        })
+    }
+
+    fn departs(&self, end: usize) {
+        self.departures[end].fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// A client whose streams have tunnels of their own.
 pub fn alone() -> Config {
-    sharing(None)
-}
-
-pub fn sharing(share_after: Option<usize>) -> Config {
-    Config { share_after, ..Config::default() }
+    Config { share: false, ..Config::default() }
 }
 
 /// What the server agent answers to a request for this port: a refusal, instead of dialling.
@@ -187,11 +222,10 @@ impl Agents {
         Self::start_with(client, server, alone(), Config::default()).await
     }
 
-    /// Two that trust each other and share tunnels like this.
-    pub async fn sharing(share_after: Option<usize>) -> Self {
+    /// Two that trust each other, with tunnels like this.
+    pub async fn with(client_config: Config) -> Self {
         let ca = Ca::new();
-        Self::start_with(ca.identity(CLIENT), ca.identity(SERVER), sharing(share_after), Config::default())
-            .await
+        Self::start_with(ca.identity(CLIENT), ca.identity(SERVER), client_config, Config::default()).await
     }
 
     pub async fn start_with(
@@ -214,6 +248,7 @@ impl Agents {
 
         let elsewhere = Arc::<Mutex<Option<SocketAddr>>>::default();
         let refusing = Arc::new(AtomicBool::new(false));
+        let wandering = Arc::<Wandering>::default();
         let refuses = refusing.clone();
         let (counted, resumed) = (handshakes.clone(), resumptions.clone());
         let serving = Serving {
@@ -222,6 +257,7 @@ impl Agents {
             reports: server_tx,
             revoked: revoke.clone(),
             drained: drain.clone(),
+            wandering: wandering.clone(),
         };
         tokio::spawn(async move {
             loop {
@@ -240,15 +276,16 @@ impl Agents {
             }
         });
 
-        let (connecting, diverted) = (connector.clone(), elsewhere.clone());
+        let (connecting, diverted, wanders) = (connector.clone(), elsewhere.clone(), wandering.clone());
         tokio::spawn(async move {
             loop {
                 let (app, source) = captured.accept().await.unwrap();
                 let destination = diverted.lock().unwrap().take().unwrap_or(destination);
                 let (connector, client, reports) = (connecting.clone(), client.clone(), client_tx.clone());
+                let wanders = wanders.clone();
                 tokio::spawn(async move {
                     let open = Open::new(destination, OriginalSrc::new(source));
-                    if let Some(report) = send_off(&connector, &client, inbound, open, app).await {
+                    if let Some(report) = send_off(&connector, &client, inbound, open, app, &wanders).await {
                         let _ = reports.send(report);
                     }
                 });
@@ -269,7 +306,18 @@ impl Agents {
             drain,
             elsewhere,
             refusing,
+            wandering,
         }
+    }
+
+    /// Streams that begin from here on do not stay where they are.
+    pub fn wander(&self) {
+        self.wandering.wanted.store(true, Ordering::Relaxed);
+    }
+
+    /// How often streams left their event loop, at the client's and the server's end.
+    pub fn departures(&self) -> [usize; 2] {
+        [0, 1].map(|end| self.wandering.departures[end].load(Ordering::Relaxed))
     }
 
     /// An application's connection to this port of the server's, where nobody may be.
@@ -322,6 +370,7 @@ async fn send_off(
     address: SocketAddr,
     open: Open,
     app: TcpStream,
+    wandering: &Wandering,
 ) -> Option<Report> {
     let expected: SpiffeId = SERVER.parse().unwrap();
     let target = Target { identity: client, expected: &expected, netns: 0, address };
@@ -346,8 +395,17 @@ async fn send_off(
     };
     let mut stream = stream;
     let peer = stream.proof();
-    let stop = pin!(async { _ = peer.until_distrusted().await });
-    let report = tunnelled(&app.socket, &mut stream, &progress, stop).await;
+    let mut stop = pin!(async { _ = peer.until_distrusted().await });
+    let _driven = wandering.drive(&progress);
+    let report = loop {
+        match tunnelled_while_light(&app.socket, &mut stream, &progress, &mut stop).await {
+            Relayed::Ended(report) => break report,
+            Relayed::Bulk => {
+                wandering.departs(0);
+                stream = stream.depart().unwrap().arrive().unwrap();
+            }
+        }
+    };
     drop((app, stream));
     Some(report)
 }
@@ -366,6 +424,7 @@ struct Serving {
     reports: mpsc::UnboundedSender<Report>,
     revoked: Arc<Notify>,
     drained: Arc<Notify>,
+    wandering: Arc<Wandering>,
 }
 
 impl Serving {
@@ -383,10 +442,19 @@ impl Serving {
         let mut draining = false;
         loop {
             if let Some((app, progress)) = admitted.take() {
-                let stream = tunnel.stream();
-                let peer = stream.proof();
-                let report = tunnelled(&app.socket, stream, &progress, pin!(self.stop(&peer))).await;
-                drop(app);
+                let peer = tunnel.stream().proof();
+                let mut stop = pin!(self.stop(&peer));
+                let driven = self.wandering.drive(&progress);
+                let report = loop {
+                    match tunnelled_while_light(&app.socket, tunnel.stream(), &progress, &mut stop).await {
+                        Relayed::Ended(report) => break report,
+                        Relayed::Bulk => {
+                            self.wandering.departs(1);
+                            tunnel = tunnel.depart().unwrap()().unwrap();
+                        }
+                    }
+                };
+                drop((app, driven));
                 let clean = matches!(report.end, End::Clean);
                 let _ = self.reports.send(report);
                 if !clean {

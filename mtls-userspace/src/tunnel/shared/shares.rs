@@ -1,7 +1,6 @@
-//! Which tunnels lead where: how many are in use by one stream alone, and which can be shared.
+//! Which shared tunnels lead where.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Lane, Shared};
@@ -22,35 +21,15 @@ struct Known {
     sweep: Sweep,
 }
 
-/// The tunnels in use from one pod to another.
+/// The tunnels shared from one pod to another.
 #[derive(Default)]
 pub(crate) struct Way {
-    own: AtomicUsize,
     shared: Mutex<Vec<Arc<Shared>>>,
     /// Held while a tunnel to share is made, so that a crowd makes one.
     pub making: tokio::sync::Mutex<()>,
 }
 
-/// Counts a stream on a tunnel of its own for as long as it lives.
-pub(crate) struct Live(Arc<Way>);
-
-impl Drop for Live {
-    fn drop(&mut self) {
-        self.0.own.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 impl Way {
-    pub fn live(self: &Arc<Self>) -> Live {
-        self.own.fetch_add(1, Ordering::Relaxed);
-        Live(self.clone())
-    }
-
-    /// Streams that have a tunnel of their own.
-    pub fn own(&self) -> usize {
-        self.own.load(Ordering::Relaxed)
-    }
-
     /// A lane for a stream to the workload `expected`, if there is one.
     pub fn lane(&self, expected: &SpiffeId, open: &Open) -> Option<Lane> {
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
