@@ -103,7 +103,11 @@ impl Worker {
     }
 
     /// Runs a connection that moves much where it is in nobody's way.
-    pub fn bulk(&self, direction: Direction, connection: impl Future<Output = ()> + Send + 'static) {
+    pub fn hand_over_bulk(
+        &self,
+        direction: Direction,
+        connection: impl Future<Output = ()> + Send + 'static,
+    ) {
         self.observer.became_bulk(direction);
         self.bulk.spawn(connection);
     }

@@ -21,16 +21,10 @@ use crate::worker::{Pod, Worker};
 
 /// Two plain sockets.
 pub(super) fn plain(worker: &Worker, working: Working, a: TcpStream, b: TcpStream, open: Connection) {
-    let (a, b) = match depart(a).and_then(|a| Ok((a, depart(b)?))) {
-        Ok(both) => both,
-        Err(error) => return failed(open, error),
-    };
-    worker.bulk(open.flow().direction, async move {
+    let Some(((a, b), open)) = both(depart(a), || depart(b), open) else { return };
+    worker.hand_over_bulk(open.flow().direction, async move {
         let _working = working;
-        let (a, b) = match a().and_then(|a| Ok((a, b()?))) {
-            Ok(both) => both,
-            Err(error) => return failed(open, error),
-        };
+        let Some(((a, b), open)) = both(a(), b, open) else { return };
         let report = relay::plain(&a, &b, open.progress(), pin!(stopped(&open))).await;
         finish(open, report);
     });
@@ -39,15 +33,9 @@ pub(super) fn plain(worker: &Worker, working: Working, a: TcpStream, b: TcpStrea
 /// The source's end of a connection in a tunnel of its own.
 pub(super) fn outbound(worker: &Worker, working: Working, app: TcpStream, stream: Stream, open: Connection) {
     let home = Handle::current();
-    let (app, stream) = match depart(app).and_then(|app| Ok((app, stream.depart()?))) {
-        Ok(both) => both,
-        Err(error) => return failed(open, error),
-    };
-    worker.bulk(open.flow().direction, async move {
-        let (app, mut stream) = match app().and_then(|app| Ok((app, stream.arrive()?))) {
-            Ok(both) => both,
-            Err(error) => return failed(open, error),
-        };
+    let Some(((app, stream), open)) = both(depart(app), || stream.depart(), open) else { return };
+    worker.hand_over_bulk(open.flow().direction, async move {
+        let Some(((app, mut stream), open)) = both(app(), || stream.arrive(), open) else { return };
         let report = alone(&app, &mut stream, &open).await;
         finish(open, report);
         drop(app);
@@ -68,15 +56,9 @@ pub(super) fn inbound(
     (app, open): (TcpStream, Connection),
 ) {
     let home = Handle::current();
-    let (app, tunnel) = match depart(app).and_then(|app| Ok((app, tunnel.depart()?))) {
-        Ok(both) => both,
-        Err(error) => return failed(open, error),
-    };
-    worker.clone().bulk(open.flow().direction, async move {
-        let (app, mut tunnel) = match app().and_then(|app| Ok((app, tunnel()?))) {
-            Ok(both) => both,
-            Err(error) => return failed(open, error),
-        };
+    let Some(((app, tunnel), open)) = both(depart(app), || tunnel.depart(), open) else { return };
+    worker.clone().hand_over_bulk(open.flow().direction, async move {
+        let Some(((app, mut tunnel), open)) = both(app(), tunnel, open) else { return };
         let report = alone(&app, tunnel.stream(), &open).await;
         let clean = finish(open, report);
         drop(app);
@@ -102,8 +84,19 @@ fn depart(socket: TcpStream) -> io::Result<impl FnOnce() -> io::Result<TcpStream
     Ok(move || TcpStream::from_std(socket))
 }
 
-/// An event loop did not take a socket. All sockets of the connection are dropped, which resets the applications'.
-fn failed(open: Connection, error: io::Error) {
-    let report = Report::new(open.progress(), End::Io(error));
-    finish(open, report);
+/// Two sockets that left an event loop or came to one. Where one did not, both are dropped with it, which resets the
+/// applications'.
+fn both<A, B>(
+    first: io::Result<A>,
+    second: impl FnOnce() -> io::Result<B>,
+    open: Connection,
+) -> Option<((A, B), Connection)> {
+    match first.and_then(|first| Ok((first, second()?))) {
+        Ok(both) => Some((both, open)),
+        Err(error) => {
+            let report = Report::new(open.progress(), End::Io(error));
+            finish(open, report);
+            None
+        }
+    }
 }
