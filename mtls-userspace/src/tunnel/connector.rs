@@ -16,7 +16,7 @@ use super::codec::Pulled;
 use super::frame::{FIN, Open, Place, Rejection};
 use super::gate::Gate;
 use super::pool::{Home, Key, Pool, Road};
-use super::shared::{Lane, Shared, Shares};
+use super::shared::{Lane, Shared, Shares, Way};
 use super::stream::{Session, Stream};
 use super::verify::{Expected, HandshakeFailure};
 use super::{Config, Error, handshake, socket};
@@ -112,11 +112,33 @@ impl Connector {
         if let Some(lane) = way.lane(target.expected, &open) {
             return Ok(Carried::Shared(lane));
         }
-        let _making = way.making.lock().await;
+        let failures = way.failures();
+        let making = way.making.lock().await;
         if let Some(lane) = way.lane(target.expected, &open) {
             return Ok(Carried::Shared(lane));
         }
-        let (session, proof, reused) = self.session(&target, &key, dial).await?;
+        if way.failures() != failures {
+            // What this stream waited for led to no tunnel to share: a crowd need not find that out one by one.
+            drop(making);
+            return self.open(target, open, dial).await.map(Carried::Alone);
+        }
+        let made = self.begin_sharing(&target, key, &way, open, dial).await;
+        if !matches!(made, Ok(Carried::Shared(_))) {
+            way.failed();
+        }
+        made
+    }
+
+    /// A new tunnel to share and its first lane, or a tunnel for this stream alone if the peer does not know how to share.
+    async fn begin_sharing(
+        &self,
+        target: &Target<'_>,
+        key: Key,
+        way: &Way,
+        open: Open,
+        dial: impl FnOnce() -> io::Result<socket2::Socket>,
+    ) -> Result<Carried, Error> {
+        let (session, proof, reused) = self.session(target, &key, dial).await?;
         if !session.codec.order.may_share() {
             return Ok(Carried::Alone(Stream::open(session, open, proof, self.home(key), reused)));
         }

@@ -1,20 +1,24 @@
 //! Several streams on one tunnel: none is in another's way, and none can do to a tunnel what it may not.
 
 use std::io::ErrorKind;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use mtls::addr::OriginalSrc;
 use mtls::identity::Revocations;
 use mtls::relay::End;
-use mtls::tunnel::{Config, Error, Open, Target, WINDOW};
+use mtls::tunnel::{Config, Connector, Error, Open, Target, WINDOW};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 use tokio_rustls::client::TlsStream;
 
 use crate::foreign::{self, Manners, open_frame};
 use crate::resets::{must_be_reset, reset};
 use crate::transfers::{noise, read_random, write_random};
-use crate::world::{Agents, CLIENT, Ca, DENIED_PORT, Leaf, SERVER, alone, dial, eventually, judging, soon};
+use crate::world::{
+    Agents, CLIENT, Ca, DENIED_PORT, Leaf, SERVER, alone, dial, eventually, judging, listen, soon,
+};
 
 type Pair = (TcpStream, TcpStream);
 
@@ -54,6 +58,32 @@ async fn streams_that_exchange_little_share_a_tunnel() {
     for pair in &mut pairs {
         talk(pair).await;
     }
+}
+
+/// A peer that takes connections and says nothing: nobody waits for all who came before.
+#[tokio::test]
+async fn a_crowd_to_a_peer_that_is_silent_learns_it_together() {
+    const LIMIT: Duration = Duration::from_millis(300);
+    let ca = Ca::new();
+    let client = ca.identity(CLIENT);
+    let connector = Connector::new(Arc::new(Config { handshake_timeout: LIMIT, ..Config::default() }));
+    let (_silent, address) = listen().await;
+    let begun = Instant::now();
+    let mut crowd = JoinSet::new();
+    for _ in 0..20 {
+        let (connector, client) = (connector.clone(), client.clone());
+        crowd.spawn(async move {
+            let open = Open::new(address, OriginalSrc::new(address));
+            let expected = SERVER.parse().unwrap();
+            let target = Target { identity: &client, expected: &expected, netns: 0, address };
+            connector.carry(target, open, dial).await.map(drop)
+        });
+    }
+    for outcome in soon(crowd.join_all()).await {
+        assert!(matches!(outcome, Err(Error::HandshakeTimedOut { .. })), "{outcome:?}");
+    }
+    let took = begun.elapsed();
+    assert!(took < LIMIT * 6, "{took:?} for what takes twice {LIMIT:?}");
 }
 
 /// Asked not to, each has its own, and the next stream takes the first's.

@@ -36,7 +36,7 @@ pub(crate) use lane::{Ending, LaneState};
 pub use lane::{Lane, LaneRequest};
 pub(crate) use seat::Heard;
 pub use server::{Served, SharedTunnel};
-pub(super) use shares::Shares;
+pub(super) use shares::{Shares, Way};
 
 /// Streams that one tunnel carries.
 pub const MAX_LANES: usize = 256;

@@ -1,6 +1,7 @@
 //! Which shared tunnels lead where.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{Lane, Shared};
@@ -27,9 +28,19 @@ pub(crate) struct Way {
     shared: Mutex<Vec<Arc<Shared>>>,
     /// Held while a tunnel to share is made, so that a crowd makes one.
     pub making: tokio::sync::Mutex<()>,
+    failures: AtomicU32,
 }
 
 impl Way {
+    /// How often no tunnel to share could be made.
+    pub fn failures(&self) -> u32 {
+        self.failures.load(Ordering::Relaxed)
+    }
+
+    pub fn failed(&self) {
+        self.failures.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// A lane for a stream to the workload `expected`, if there is one.
     pub fn lane(&self, expected: &SpiffeId, open: &Open) -> Option<Lane> {
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
