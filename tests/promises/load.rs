@@ -110,7 +110,7 @@ fn connections_that_say_little_share_tunnels_and_a_fast_one_gets_its_own() -> Re
         assert!(opened > 150.0, "{node} says {opened}");
         assert_eq!(lanes(&mut scene, node, "left")?, 0.0);
     }
-    // Beside those that are open there is one for each of these; all but the first of a data thread leave a lane.
+    // Beside those that are open there is one for each of these, which leave the lane they begin on.
     for _ in 0..8 {
         let sent = scene.far.app(&["dial", "upload", &bulk, "--bytes", "40000000"])?;
         assert!(sent["match"] == true && sent["ended"] == "eof", "{sent}");

@@ -27,7 +27,6 @@ pub struct Way {
 }
 
 impl Way {
-    /// Of an end whose streams have tunnels of their own.
     fn config(self, end: usize) -> Config {
         Config {
             raw_after: self.asks[end].then_some(AFTER),
@@ -38,17 +37,14 @@ impl Way {
     }
 
     pub async fn agents(self) -> Agents {
-        let ca = Ca::new();
-        let (client, server) = (ca.identity(CLIENT), ca.identity(SERVER));
-        Agents::start_with(client, server, self.config(0), self.config(1)).await
+        self.agents_that_share(false).await
     }
 
-    /// Whose streams begin on a lane and get a tunnel of their own when they turn out to be fast.
-    async fn sharing_agents(self) -> Agents {
+    /// With `share`, streams begin on a lane and get a tunnel of their own when they turn out to be fast.
+    async fn agents_that_share(self, share: bool) -> Agents {
         let ca = Ca::new();
-        let (client, server) = (ca.identity(CLIENT), ca.identity(SERVER));
-        let client_config = Config { share: true, ..self.config(0) };
-        Agents::start_with(client, server, client_config, self.config(1)).await
+        let client_config = Config { share, ..self.config(0) };
+        Agents::start_with(ca.identity(CLIENT), ca.identity(SERVER), client_config, self.config(1)).await
     }
 
     /// What an end that moved bytes both ways must report.
@@ -147,7 +143,7 @@ async fn a_stream_that_moves_on_loses_nothing_and_may_still_become_raw() {
     // Once the kernel carries a direction, nothing leaves any more; that may come before the first departure.
     let mut before_the_kernel = [0; 2];
     for (way, shares) in ways().into_iter().chain([never]).flat_map(|way| [(way, false), (way, true)]) {
-        let mut agents = if shares { way.sharing_agents().await } else { way.agents().await };
+        let mut agents = way.agents_that_share(shares).await;
         agents.wander();
         let (near, far) = soon(agents.connect()).await;
         write_random_both_ways(near, far, TOTAL).await;

@@ -9,13 +9,8 @@ use std::time::{Duration, SystemTime};
 
 use mtls::addr::OriginalSrc;
 use mtls::identity::{Identity, Revocations, SpiffeId, Svid, TrustBundle};
-use mtls::relay::{
-    App, End, Growing, Laned, Progress, Relayed, Report, laned, prepare, tunnelled_while_light,
-};
-use mtls::tunnel::{
-    Acceptor, Asked, Carried, Config, Connector, Error, Lane, Open, Peer, RejectReason, Rejection,
-    ServerTunnel, SharedTunnel, Stream, Target,
-};
+use mtls::relay::{App, Growing, Laned, Progress, Relayed, Report, laned, prepare, tunnelled_while_light};
+use mtls::tunnel::{Acceptor, Carried, Config, Connector, Error, Open, Stream, Target};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer,
     ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, RevokedCertParams, SanType, SerialNumber,
@@ -23,6 +18,9 @@ use rcgen::{
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, mpsc};
+
+use crate::serving::Serving;
+use crate::wandering::Wandering;
 
 pub const CLIENT: &str = "spiffe://cluster.local/ns/shop/sa/cart";
 pub const SERVER: &str = "spiffe://cluster.local/ns/shop/sa/db";
@@ -171,42 +169,6 @@ pub struct Agents {
     elsewhere: Arc<Mutex<Option<SocketAddr>>>,
     refusing: Arc<AtomicBool>,
     wandering: Arc<Wandering>,
-}
-
-/// Streams that leave their event loop again and again in the midst of what they carry, if wanted.
-#[derive(Default)]
-struct Wandering {
-    wanted: AtomicBool,
-    departures: [AtomicUsize; 2],
-}
-
-/// As long as this lives a connection is taken for bulk, time and again.
-struct Driven(tokio::task::AbortHandle);
-
-impl Drop for Driven {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-impl Wandering {
-    fn drive(&self, progress: &Arc<Progress>) -> Option<Driven> {
-        self.wanted.load(Ordering::Relaxed).then(|| {
-            progress.take_for_bulk();
-            let progress = progress.clone();
-            let driver = tokio::spawn(async move {
-                loop {
-                    tokio::time::sleep(Duration::from_millis(1)).await;
-                    progress.take_for_bulk();
-                }
-            });
-            Driven(driver.abort_handle())
-        })
-    }
-
-    fn departs(&self, end: usize) {
-        self.departures[end].fetch_add(1, Ordering::Relaxed);
-    }
 }
 
 /// A client whose streams have tunnels of their own.
@@ -408,142 +370,6 @@ async fn send_off(
     };
     drop((app, stream));
     Some(report)
-}
-
-async fn dial_application(to: SocketAddr) -> std::io::Result<TcpStream> {
-    let socket = dial()?;
-    prepare(&socket)?;
-    tokio::net::TcpSocket::from_std_stream(socket.into()).connect(to).await
-}
-
-/// What the server agent does with its tunnels.
-#[derive(Clone)]
-struct Serving {
-    acceptor: Acceptor,
-    id: SpiffeId,
-    reports: mpsc::UnboundedSender<Report>,
-    revoked: Arc<Notify>,
-    drained: Arc<Notify>,
-    wandering: Arc<Wandering>,
-}
-
-impl Serving {
-    /// The application behind a request, or why there is none.
-    async fn admit(&self, destination: SocketAddr) -> Result<TcpStream, Rejection> {
-        if destination.port() == DENIED_PORT {
-            return Err(Rejection::new(RejectReason::Denied, "shop/only-front"));
-        }
-        let refused = |_| Rejection::new(RejectReason::ConnectionRefused, "port closed");
-        dial_application(destination).await.map_err(refused)
-    }
-
-    async fn tunnel(self, mut tunnel: ServerTunnel, moved: Option<(Arc<App>, Arc<Progress>)>) {
-        let mut admitted = moved;
-        let mut draining = false;
-        loop {
-            if let Some((app, progress)) = admitted.take() {
-                let peer = tunnel.stream().proof();
-                let mut stop = pin!(self.stop(&peer));
-                let driven = self.wandering.drive(&progress);
-                let report = loop {
-                    match tunnelled_while_light(&app.socket, tunnel.stream(), &progress, &mut stop).await {
-                        Relayed::Ended(report) => break report,
-                        Relayed::Bulk => {
-                            self.wandering.departs(1);
-                            tunnel = tunnel.depart().unwrap()().unwrap();
-                        }
-                    }
-                };
-                drop((app, driven));
-                let clean = matches!(report.end, End::Clean);
-                let _ = self.reports.send(report);
-                if !clean {
-                    return;
-                }
-            }
-            let asked = tokio::select! {
-                asked = tunnel.ask() => asked,
-                () = self.drained.notified(), if !draining => {
-                    draining = true;
-                    if tunnel.retire() {
-                        continue;
-                    }
-                    return tunnel.close();
-                }
-            };
-            match asked {
-                Ok(Some(Asked::Open(open))) => {
-                    let request = tunnel.request(open);
-                    match self.admit(request.open().destination).await {
-                        Ok(app) => {
-                            request.accept();
-                            let progress = Arc::new(Progress::default());
-                            admitted = Some((App::new(app, progress.clone(), false), progress));
-                        }
-                        Err(rejection) => request.reject(&rejection).await.unwrap(),
-                    }
-                }
-                Ok(Some(Asked::Share(id))) => {
-                    return self.shared(tunnel.share(id).unwrap()).await;
-                }
-                Ok(Some(Asked::Adopt(place))) => match tunnel.adopt(place).await {
-                    Ok(Some(refused)) => tunnel = refused,
-                    _ => return,
-                },
-                _ => return,
-            }
-        }
-    }
-
-    async fn shared(self, mut shared: SharedTunnel) {
-        let mut draining = false;
-        loop {
-            let request = tokio::select! {
-                request = shared.next() => request,
-                () = self.drained.notified(), if !draining => {
-                    draining = true;
-                    shared.retire();
-                    continue;
-                }
-            };
-            let Ok(Some(request)) = request else { return };
-            let serving = self.clone();
-            tokio::spawn(async move {
-                match serving.admit(request.open.destination).await {
-                    Ok(app) => serving.lane(app, request.lane).await,
-                    Err(rejection) => request.reject(&rejection),
-                }
-            });
-        }
-    }
-
-    #[expect(clippy::manual_async_fn, reason = "it ends in what began it, which must be known to be Send")]
-    fn lane(self, app: TcpStream, lane: Lane) -> impl Future<Output = ()> + Send {
-        async move {
-            let progress = Arc::new(Progress::default());
-            let app = App::new(app, progress.clone(), false);
-            let peer = lane.proof();
-            let laned = laned(&app, &lane, || None, pin!(self.stop(&peer))).await;
-            drop(lane);
-            match laned {
-                Laned::Ended(report) => {
-                    drop(app);
-                    let _ = self.reports.send(report);
-                }
-                Laned::Moved(stream) => {
-                    let tunnel = self.acceptor.resume(stream, &self.id);
-                    Box::pin(self.tunnel(tunnel, Some((app, progress)))).await;
-                }
-            }
-        }
-    }
-
-    async fn stop(&self, peer: &Peer) {
-        tokio::select! {
-            () = self.revoked.notified() => {}
-            _ = peer.until_distrusted() => {}
-        }
-    }
 }
 
 pub async fn eventually(mut condition: impl FnMut() -> bool) {
