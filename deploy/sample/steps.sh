@@ -33,10 +33,11 @@ image_archive() {
     printf '%s\n' "$archive"
 }
 
-# A node must have cgroup2, and a BPF file system that outlives agents. The latter can be mounted.
+# A node must have cgroup2, if only beside version 1, and a BPF file system that outlives agents. The latter can be mounted.
 prepare_node() {
     local node=$1
-    [ "$(on_node "$node" stat -f -c %T /sys/fs/cgroup)" = cgroup2fs ] ||
+    # One of the two fails to be there on most nodes.
+    { on_node "$node" stat -f -c %T /sys/fs/cgroup /sys/fs/cgroup/unified 2>/dev/null || true; } | grep -qx cgroup2fs ||
         die "node $node has no cgroup2 at /sys/fs/cgroup: boot the machine with systemd.unified_cgroup_hierarchy=1"
     if [ "$(on_node "$node" stat -f -c %T /sys/fs/bpf)" != bpf_fs ]; then
         say "mounting /sys/fs/bpf on $node"
@@ -64,6 +65,8 @@ install_mtls() {
 
 start_sample() {
     say "starting the sample: client, server, intruder"
+    # What an earlier run left is enrolled already.
+    "$kubectl" delete --ignore-not-found -f "$root/deploy/sample/sample.yaml"
     "$kubectl" apply -f "$root/deploy/sample/sample.yaml"
     "$kubectl" -n mtls-sample wait --for=condition=Ready pod/server pod/client --timeout=120s
     "$kubectl" -n mtls-sample-outside wait --for=condition=Ready pod/intruder --timeout=120s
@@ -80,12 +83,12 @@ with_port() {
     esac
 }
 
-# load NAMESPACE POD WORKLOAD CONNECTIONS: one line of JSON, or failure.
+# load NAMESPACE POD WORKLOAD CONNECTIONS [ARGUMENT…]: one line of JSON, or failure.
 load() {
     local to
     to=$(with_port "$(server_address)" 7000)
     "$kubectl" -n "$1" exec "$2" -- mtls bench client --to "$to" --workload "$3" --connections "$4" \
-        --seconds "$seconds"
+        --seconds "$seconds" "${@:5}"
 }
 
 # The number behind a key of a flat line of JSON.
@@ -96,8 +99,12 @@ begin_capture() {
     sed -e "s|NODE|$(server_node)|" -e "s|CAPTURE_IMAGE|$capture_image|" "$root/deploy/sample/capture.yaml" |
         "$kubectl" apply -f -
     "$kubectl" -n kube-system wait --for=condition=Ready pod/capture --timeout=180s
-    # tcpdump says nothing on standard output when it begins to listen.
-    sleep "${CAPTURE_SETTLE:-2}"
+    local tries
+    for tries in $(seq 60); do
+        "$kubectl" -n kube-system logs capture | grep '^listening on ' >/dev/null && return
+        sleep "${PAUSE:-1}"
+    done
+    die "after $tries tries tcpdump does not listen: kubectl -n kube-system logs capture"
 }
 
 end_capture() { "$kubectl" -n kube-system delete pod capture --ignore-not-found --wait=true >/dev/null; }
@@ -118,10 +125,13 @@ payload_on() {
 expect_on_wire() {
     local plain tunnel
     begin_capture
-    load mtls-sample client request 1 >/dev/null
+    # As much as fits in one log: after 10 MiB kubelet begins another, and `kubectl logs` shows only the last.
+    load mtls-sample client paced 1 --rate 100 >/dev/null
     sleep "${CAPTURE_SETTLE:-2}"
     plain=$(payload_on 7000)
     tunnel=$(payload_on 15008)
+    # It saw nothing at all: its own words tell why.
+    [ $((plain + tunnel)) -gt 0 ] || "$kubectl" -n kube-system logs capture --tail=5 >&2
     end_capture
     say "$1: the node saw $plain bytes on port 7000, $tunnel bytes on port 15008"
     case $2 in

@@ -84,7 +84,8 @@ pub struct Options {
     /// Lifetime asked for workload certificates, in seconds [default: 86400]
     #[arg(long, value_name = "SECONDS")]
     certificate_lifetime: Option<u64>,
-    /// cgroup2 directory above every pod of this node [default: the cgroup2 mount]
+    /// cgroup2 directory above every pod of this node, or where version 1 is mounted the one that holds it as `unified`
+    /// [default: the cgroup2 mount]
     #[arg(long, value_name = "DIR")]
     cgroup_root: Option<PathBuf>,
     /// Directory on a bpffs where links and maps outlive this process [default: /sys/fs/bpf/mtls]

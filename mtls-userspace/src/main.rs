@@ -42,6 +42,8 @@ enum Command {
     Policy(cli::policy::Args),
     /// Say whether this node can take part, before installing, and what to set: exit 0 it can, 1 not yet, 2 nobody could tell
     NodeCheck(cli::node_check::Args),
+    /// Take off this node what agents leave when they end: the CNI plugin, and what protects its pods
+    NodeUninstall(cli::node_uninstall::Args),
     /// Be the CNI plugin of this node, or take it off
     Cni(cli::cni::Args),
     /// Measure: a load client and its server
@@ -66,6 +68,7 @@ fn main() -> ExitCode {
         Command::Services(args) => cli::services::main(&args),
         Command::Verify(args) => return cli::verify::main(&args),
         Command::NodeCheck(args) => return cli::node_check::main(&args),
+        Command::NodeUninstall(args) => cli::node_uninstall::main(&args),
         Command::Policy(args) => cli::policy::main(args),
         Command::Cni(args) => match cli::cni::main(args) {
             Ok(code) => return code,

@@ -15,6 +15,7 @@ const ELSEWHERE: &str = "33 25 0:31 / /run/bpf rw - bpf bpf rw";
 const HYBRID: &str = "25 30 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
     26 25 0:23 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory\n\
     27 25 0:24 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw";
+const UNUSUAL: &str = "27 25 0:24 / /mnt/cgroup2 rw - cgroup2 cgroup2 rw";
 const VERSION_1: &str = "26 25 0:23 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory";
 
 const KINDNET: &str = r#"{"cniVersion": "0.3.1", "name": "kindnet", "plugins": [
@@ -181,7 +182,8 @@ fn k3s_has_its_configuration_elsewhere() {
 fn cgroups_and_pins_are_found_where_they_are() {
     for (mounts, cgroups) in [
         (&[CGROUP2, BPFFS][..], Verdict::Good),
-        (&[HYBRID, BPFFS], set("node.paths.cgroup", "/sys/fs/cgroup/unified")),
+        (&[HYBRID, BPFFS], Verdict::Good),
+        (&[UNUSUAL, BPFFS], set("node.paths.cgroup", "/mnt/cgroup2")),
     ] {
         let drawn = Drawn::new(mounts);
         assert_eq!(drawn.finding("cgroups").verdict, cgroups);
@@ -273,14 +275,11 @@ fn run(root: &Path, args: &[&str]) -> (i32, String) {
 #[test]
 fn the_command_says_what_to_set_and_its_exit_code_whether_to_install() {
     // What a drawn node's kernel can do is this machine's, without a place to attach to: never ready.
-    let (code, table) = run(Drawn::new(&[HYBRID, BPFFS]).cni("10-calico.conflist", ISTIO).root.path(), &[]);
+    let (code, table) = run(Drawn::new(&[UNUSUAL, BPFFS]).cni("10-calico.conflist", ISTIO).root.path(), &[]);
     assert_eq!(code, 1);
-    for expected in [
-        "CONFLICT",
-        "Calico",
-        "--set node.paths.cgroup=/sys/fs/cgroup/unified",
-        "helm install mtls deploy/chart",
-    ] {
+    for expected in
+        ["CONFLICT", "Calico", "--set node.paths.cgroup=/mnt/cgroup2", "helm install mtls deploy/chart"]
+    {
         assert!(table.contains(expected), "{expected}:\n{table}");
     }
     let (_, json) = run(Drawn::usual().cni("10-calico.conflist", CALICO).root.path(), &["--output", "json"]);

@@ -15,7 +15,7 @@ use mtls_tests::kubernetes::{User, agent_rules};
 use mtls_tests::{Finished, Lab, Mesh, Running};
 use serde_json::{Value, json};
 
-use crate::rendered::{kustomized, parse, text_of, texts};
+use crate::rendered::{capabilities, kustomized, parse, text_of, texts};
 use crate::{Scratch, image, run};
 
 /// The program, its profile and the tool that unpacks the image.
@@ -60,7 +60,10 @@ impl Container {
         let container = spec.pointer("/containers/0").context("no container")?;
         // Below the root of whatever hierarchies there are: beside the lab's own agents.
         let cgroup = format!("/{}/{node}/agent/{id}", lab.id());
-        let (args, mounts) = (args(container, lab, node)?, mounts(container, lab, &on_node)?);
+        let (args, mut mounts) = (args(container, lab, node)?, mounts(container, &on_node)?);
+        // In place of the API server, and of the processes by which pods are found.
+        mounts.push(bind(&lab.dir().join("manifests"), "/lab/manifests", true));
+        mounts.push(bind(Path::new("/run/netns"), "/run/netns", true));
         let config = config(container, &cgroup, &args, mounts, &[])?;
         Ok(Self { cgroup, lab: Some(lab.cgroup().into()), id, config, on_node, scratch })
     }
@@ -77,11 +80,32 @@ impl Container {
         let container = spec.pointer("/containers/0").context("no container")?;
         let mut args = vec!["/usr/bin/mtls".to_owned()];
         args.extend(texts(container, "/args")?.into_iter().map(|arg| arg.replace("$(NODE_NAME)", "here")));
-        args.retain(|arg| arg != "--stay");
+        args.retain(|arg| !arg.starts_with("--stay"));
         let cgroup = format!("/{id}");
         let config = config(container, &cgroup, &args, Vec::new(), &["network"])?;
         let on_node = OnNode { directories: BTreeMap::new(), _scratch: Rc::new(Scratch::new("node")?) };
         Ok(Self { cgroup, lab: None, id, config, on_node, scratch })
+    }
+
+    /// What takes everything off the node that this agent runs on, as its DaemonSet describes it, but for staying.
+    pub fn uninstall(&self, lab: &Lab, node: &str) -> Result<Self> {
+        let objects = parse(&kustomized("uninstall")?)?;
+        let (scratch, id) = unpacked()?;
+        let spec = objects["DaemonSet/mtls-uninstall"].pointer("/spec/template/spec").context("no pod")?;
+        ensure!(
+            spec["hostNetwork"] == true && spec["hostPID"].is_null(),
+            "this runs it on the node's network"
+        );
+        let container = spec.pointer("/containers/0").context("no container")?;
+        let mut args = vec!["/usr/bin/mtls".to_owned()];
+        args.extend(texts(container, "/args")?.into_iter().map(str::to_owned));
+        args.retain(|arg| !arg.starts_with("--stay"));
+        let cgroup = format!("/{}/{node}/agent/{id}", lab.id());
+        let config = config(container, &cgroup, &args, mounts(container, &self.on_node)?, &["pid"])?;
+        let uninstall =
+            Self { cgroup, lab: self.lab.clone(), id, config, on_node: self.on_node.clone(), scratch };
+        // Where the lab's agents pin.
+        uninstall.with_argument("--bpffs", &format!("/sys/fs/bpf/{node}"))
     }
 
     /// Runs it to its end, whatever that is, by whoever runs a program with arguments.
@@ -246,7 +270,7 @@ fn config(
 ) -> Result<Value> {
     let security = &container["securityContext"];
     let capabilities: Vec<String> =
-        texts(security, "/capabilities/add")?.into_iter().map(|name| format!("CAP_{name}")).collect();
+        capabilities(container)?.into_iter().map(|name| format!("CAP_{name}")).collect();
     // The file systems that a runtime mounts in every container; then the pod's.
     let mut all = vec![
         json!({"destination": "/proc", "type": "proc", "source": "proc"}),
@@ -321,7 +345,7 @@ impl OnNode {
     }
 }
 
-fn mounts(container: &Value, lab: &Lab, on_node: &OnNode) -> Result<Vec<Value>> {
+fn mounts(container: &Value, on_node: &OnNode) -> Result<Vec<Value>> {
     let mut mounts = Vec::new();
     for mount in container["volumeMounts"].as_array().context("no mounts")? {
         let name = text_of(mount, "/name")?;
@@ -335,9 +359,6 @@ fn mounts(container: &Value, lab: &Lab, on_node: &OnNode) -> Result<Vec<Value>> 
         let place = if name == "cgroup" { source.to_str() } else { mount["mountPath"].as_str() };
         mounts.push(bind(source, place.context("mounted nowhere")?, mount["readOnly"] == true));
     }
-    // In place of the API server, and of the processes by which pods are found.
-    mounts.push(bind(&lab.dir().join("manifests"), "/lab/manifests", true));
-    mounts.push(bind(Path::new("/run/netns"), "/run/netns", true));
     Ok(mounts)
 }
 

@@ -16,6 +16,7 @@ mod same;
 mod schemas;
 mod scripts;
 mod stated;
+mod uninstall;
 mod values;
 
 use std::path::{Path, PathBuf};

@@ -9,7 +9,7 @@ use mtls_tests::{Lab, Level, MARKER, Mesh, Mode, PodSpec, eventually, skip};
 use crate::container::{API_TOKEN, Container, NEEDS};
 
 /// Puts the agents of both nodes into containers, in place of those that run.
-fn in_containers(lab: &Lab, mesh: &mut Mesh) -> Result<Vec<Container>> {
+pub fn in_containers(lab: &Lab, mesh: &mut Mesh) -> Result<Vec<Container>> {
     let moved = ["node-a", "node-b"].into_iter().map(|node| {
         mesh.agent(node).kill();
         let container = Container::agent(lab, node)?;

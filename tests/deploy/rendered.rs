@@ -42,6 +42,12 @@ pub fn text_of<'a>(object: &'a Value, pointer: &str) -> Result<&'a str> {
     object.pointer(pointer).and_then(Value::as_str).with_context(|| format!("no {pointer} in {object}"))
 }
 
+/// What a container may do beyond what anybody may.
+pub fn capabilities(container: &Value) -> Result<Vec<&str>> {
+    let security = &container["securityContext"]["capabilities"];
+    if security["add"].is_null() { Ok(Vec::new()) } else { texts(security, "/add") }
+}
+
 /// An array of texts.
 pub fn texts<'a>(object: &'a Value, pointer: &str) -> Result<Vec<&'a str>> {
     let array = object.pointer(pointer).and_then(Value::as_array);

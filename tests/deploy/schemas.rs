@@ -28,7 +28,7 @@ fn every_version_takes_what_is_installed() -> Result<()> {
     needs!("kubectl", "helm", "kubernetes-validate");
     let mut rendered =
         vec![read("network-policies/only-tunnels.yaml")?, charted(&["--set", "image.pullSecrets={a,b}"])?];
-    for directory in VARIANTS.map(|(directory, _)| directory).into_iter().chain(["check"]) {
+    for directory in VARIANTS.map(|(directory, _)| directory).into_iter().chain(["check", "uninstall"]) {
         rendered.push(kustomized(directory)?);
     }
     // Most objects are the same in every variant.

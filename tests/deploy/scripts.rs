@@ -126,6 +126,7 @@ fn what_is_not_proven_fails_and_says_so() -> Result<()> {
         ("open", "the intruder still gets in"),
         ("unenrolled", "the pods are not enrolled"),
         ("cgroup1", "has no cgroup2"),
+        ("deaf", "tcpdump does not listen"),
         ("unfit", "not every node can take part"),
     ] {
         for script in SCRIPTS {
@@ -151,6 +152,8 @@ fn nodes_are_prepared_and_addresses_of_both_kinds_understood() -> Result<()> {
         assert!(tried.position("mount -t bpf bpf /sys/fs/bpf")? < tried.position("apply -k")?);
         tried.position("--to [fd00::2]:7000")?;
     }
+    let beside_version_1 = tried(SCRIPTS[0], &[], "hybrid")?;
+    assert!(beside_version_1.finished.status.success(), "{}", beside_version_1.finished.stderr);
     Ok(())
 }
 

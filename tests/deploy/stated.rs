@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use crate::rendered::{Objects, charted, kustomized, parse, text_of, texts};
+use crate::rendered::{Objects, capabilities, charted, kustomized, parse, text_of, texts};
 use crate::{VARIANTS, needs, read, run};
 
 /// Long flags that a subcommand knows.
@@ -34,6 +34,7 @@ fn every_flag_in_them_exists() -> Result<()> {
         Ok(())
     };
     are_known(&parse(&kustomized("check")?)?, "DaemonSet/mtls-check")?;
+    are_known(&parse(&kustomized("uninstall")?)?, "DaemonSet/mtls-uninstall")?;
     for (directory, _) in VARIANTS {
         let objects = parse(&kustomized(directory)?)?;
         are_known(&objects, "DaemonSet/mtls-node")?;
@@ -72,12 +73,20 @@ fn each_privilege_is_justified_in_a_line() -> Result<()> {
     needs!("kubectl");
     let readme = read("README.md")?;
     let objects = parse(&kustomized("")?)?;
-    for (directory, key, occurrence) in [("", "DaemonSet/mtls-node", 0), ("check", "DaemonSet/mtls-check", 1)]
-    {
+    for (directory, key, occurrence) in [
+        ("", "DaemonSet/mtls-node", 0),
+        ("check", "DaemonSet/mtls-check", 1),
+        ("uninstall", "DaemonSet/mtls-uninstall", 2),
+    ] {
         let objects = parse(&kustomized(directory)?)?;
         let container = container(&objects, key)?;
-        let capabilities = texts(container, "/securityContext/capabilities/add")?.into_iter().collect();
-        assert_eq!(named(&table(&readme, "capability", occurrence)?), capabilities, "{key}");
+        let capabilities: BTreeSet<&str> = capabilities(container)?.into_iter().collect();
+        // Of that one the README says that it has none.
+        let stated = match directory {
+            "uninstall" => BTreeSet::new(),
+            _ => named(&table(&readme, "capability", occurrence)?),
+        };
+        assert_eq!(stated, capabilities, "{key}");
         let template = objects[key].pointer("/spec/template").context("no template")?;
         let mut of_node: BTreeSet<&str> = ["hostNetwork", "hostPID", "hostIPC"]
             .into_iter()
@@ -89,7 +98,12 @@ fn each_privilege_is_justified_in_a_line() -> Result<()> {
         of_node.extend(template["metadata"]["annotations"][armour].as_str());
         assert_eq!(named(&table(&readme, "of the node", occurrence)?), of_node, "{key}");
     }
-    for (key, occurrence) in [("DaemonSet/mtls-node", 0), ("Deployment/mtls-ca", 1)] {
+    let uninstall = parse(&kustomized("uninstall")?)?;
+    for (objects, key, occurrence) in [
+        (&objects, "DaemonSet/mtls-node", 0),
+        (&objects, "Deployment/mtls-ca", 1),
+        (&uninstall, "DaemonSet/mtls-uninstall", 2),
+    ] {
         let rows = table(&readme, "mount", occurrence)?;
         let volumes = objects[key].pointer("/spec/template/spec/volumes").and_then(Value::as_array);
         let volumes = volumes.context("no volumes")?;
@@ -103,7 +117,7 @@ fn each_privilege_is_justified_in_a_line() -> Result<()> {
                 "{volume}"
             );
         }
-        let mounts = container(&objects, key)?["volumeMounts"].as_array().context("no mounts")?;
+        let mounts = container(objects, key)?["volumeMounts"].as_array().context("no mounts")?;
         let mounted = mounts.iter().map(|mount| text_of(mount, "/name")).collect::<Result<BTreeSet<_>>>()?;
         assert_eq!(mounted, names, "{key} mounts what it has");
     }
@@ -181,7 +195,10 @@ fn no_pod_has_more_than_was_asked_for_in_sight() -> Result<()> {
     needs!("kubectl");
     let mut objects = parse(&kustomized("")?)?;
     objects.extend(parse(&kustomized("check")?)?);
-    for key in ["DaemonSet/mtls-node", "Deployment/mtls-ca", "DaemonSet/mtls-check"] {
+    objects.extend(parse(&kustomized("uninstall")?)?);
+    for key in
+        ["DaemonSet/mtls-node", "Deployment/mtls-ca", "DaemonSet/mtls-check", "DaemonSet/mtls-uninstall"]
+    {
         let spec = objects[key].pointer("/spec/template/spec").context("no spec")?;
         assert_eq!(spec["automountServiceAccountToken"], false, "{key}");
         let container = container(&objects, key)?;
@@ -198,9 +215,10 @@ fn no_pod_has_more_than_was_asked_for_in_sight() -> Result<()> {
                 assert_eq!(token["expirationSeconds"], 3600, "{key}: {volume}");
             }
         }
-        // A check must push nothing off a node; what protects the others comes before them.
+        // Those two must push nothing off a node; what protects the others comes before them.
         let Ok(account) = text_of(spec, "/serviceAccountName") else {
-            assert_eq!((key, &spec["priorityClassName"]), ("DaemonSet/mtls-check", &Value::Null));
+            assert!(key.ends_with("-check") || key.ends_with("-uninstall"), "{key}");
+            assert_eq!(spec["priorityClassName"], Value::Null);
             continue;
         };
         assert!(spec["priorityClassName"].as_str().is_some_and(|name| name.starts_with("system-")), "{key}");

@@ -21,7 +21,11 @@ packet() {
 
 on_node() {
     case "$*" in
-        "stat -f -c %T /sys/fs/cgroup") if behaves cgroup1; then echo tmpfs; else echo cgroup2fs; fi ;;
+        "stat -f -c %T /sys/fs/cgroup /sys/fs/cgroup/unified")
+            if behaves cgroup1; then echo tmpfs; elif behaves hybrid; then printf '%s\n' tmpfs cgroup2fs; else echo cgroup2fs; fi
+            # One of the two is never there but for "hybrid".
+            behaves hybrid
+            ;;
         "stat -f -c %T /sys/fs/bpf") if behaves without-bpffs && ! happened mounted; then echo sysfs; else echo bpf_fs; fi ;;
         "mount -t bpf bpf /sys/fs/bpf") touch "$STUB/mounted" ;;
         *) exit 64 ;;
@@ -52,7 +56,9 @@ cluster() {
             if behaves unreachable || { happened strict && ! behaves open; }; then exit 1; fi
             measured
             ;;
-        *"logs capture")
+        *"logs capture" | *"logs capture --tail=5")
+            if behaves deaf; then return; fi
+            echo 'listening on any, link-type LINUX_SLL2 (Linux cooked v2), snapshot length 262144 bytes'
             if behaves blind; then return; fi
             if happened enrolled; then packet tunnel; else packet plain; fi
             if happened strict; then packet refused; fi

@@ -75,7 +75,7 @@ fn what_can_be_meant_arrives() -> Result<()> {
         ("trustDomain=prod.example", "trust-domain: prod.example"),
         ("node.config.drain=90", "terminationGracePeriodSeconds: 105"),
         ("node.config.workers=3", "workers: 3"),
-        ("node.paths.cgroup=/sys/fs/cgroup/unified", "path: /sys/fs/cgroup/unified"),
+        ("node.paths.cgroup=/mnt/cgroup2", "path: /mnt/cgroup2"),
         ("image.pullSecrets={pull}", "- name: pull"),
         ("ca.leafLifetime=1h", "--leaf-lifetime=1h"),
     ] {

@@ -20,7 +20,11 @@ pub enum Error {
         "no cgroup2 hierarchy is mounted; `mount -t cgroup2 none /sys/fs/cgroup/unified`, or name one with --cgroup-root"
     )]
     NoCgroup2,
-    #[error("{path} is not a cgroup2 directory{}", because(source))]
+    #[error(
+        "{path} is not a cgroup2 directory{}, nor does it hold one in `unified`; name the mount of cgroup2 with \
+         --cgroup-root",
+        because(source)
+    )]
     NotCgroup { path: PathBuf, source: Option<io::Error> },
     #[error(
         "{path} is not in a mounted BPF file system{}; `mount -t bpf bpf {path}`, or name one with --bpffs",

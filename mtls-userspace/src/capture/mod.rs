@@ -39,6 +39,7 @@ pub use examine::{Examined, Fact, Place};
 pub use listen::loopback_leg;
 pub use mtls_common::{OUTBOUND_PORT, PLAINTEXT_PORT, TUNNEL_PORT};
 pub use node::Capture;
+pub use pin::release;
 pub use pod::LocalPod;
 pub(crate) use sys::{bpf, owned};
 

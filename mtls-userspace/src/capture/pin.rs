@@ -16,11 +16,41 @@ use super::netns::Netns;
 use super::sys::{self, AttachType, LinkInfo, LinkTarget};
 
 const DIRECTORY: &str = "mtls-v";
+/// What every name begins with that an agent pins by, while it tries what the kernel can do, too.
+const OURS: &str = "mtls-";
 const LOOKUP: &str = "lookup-";
 
 #[derive(Debug)]
 pub(super) struct Pins {
     bpffs: PathBuf,
+}
+
+/// Removes what agents of any version pinned in a directory, and nothing else there, which lets go of their pods.
+/// Returns the number of those.
+///
+/// # Errors
+///
+/// When the directory is in no BPF file system, or something there cannot be removed.
+pub fn release(bpffs: &Path) -> Result<usize, Error> {
+    super::preflight::bpffs(bpffs)?;
+    if !bpffs.exists() {
+        return Ok(0);
+    }
+    let failed = |source| Error::Pin { what: "removing what is in", path: bpffs.to_path_buf(), source };
+    let mut pods = 0;
+    for entry in fs::read_dir(bpffs).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if !entry.file_name().to_string_lossy().starts_with(OURS) {
+            continue;
+        }
+        let path = entry.path();
+        let links = fs::read_dir(path.join("links")).into_iter().flatten().flatten();
+        pods += links.filter(|link| link.file_name().to_string_lossy().starts_with(LOOKUP)).count();
+        if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }.map_err(failed)?;
+    }
+    // Somebody else's directory stays.
+    let _ = fs::remove_dir(bpffs);
+    Ok(pods)
 }
 
 impl Pins {

@@ -13,6 +13,8 @@ use super::error::Error;
 use crate::tunnel::accepts_congestion;
 
 const BPF_FS_MAGIC: FsType = FsType(0xcafe_4a11);
+/// Where systemd mounts cgroup2 among the hierarchies of version 1.
+const BESIDE_VERSION_1: &str = "unified";
 
 /// A cgroup2 directory, its path without symbolic links.
 #[derive(Debug)]
@@ -23,17 +25,22 @@ pub(super) struct Cgroup {
 }
 
 impl Cgroup {
-    /// The directory given, or the root of the mounted hierarchy.
+    /// The directory given, or what it holds where cgroups of version 1 are mounted beside those of version 2; or the
+    /// root of the mounted hierarchy.
     pub fn open(path: Option<&Path>) -> Result<Self, Error> {
-        let path = match path {
+        let mut path = match path {
             Some(path) => path.to_path_buf(),
             None => mounted()?,
         };
         let not_cgroup = |source| Error::NotCgroup { path: path.clone(), source };
-        let filesystem = statfs(&path).map_err(|errno| not_cgroup(Some(errno.into())))?;
-        if filesystem.filesystem_type() != CGROUP2_SUPER_MAGIC {
-            return Err(not_cgroup(None));
+        if !is_cgroup2(&path).map_err(|error| not_cgroup(Some(error)))? {
+            let beside = path.join(BESIDE_VERSION_1);
+            if !is_cgroup2(&beside).unwrap_or(false) {
+                return Err(not_cgroup(None));
+            }
+            path = beside;
         }
+        let not_cgroup = |source| Error::NotCgroup { path: path.clone(), source };
         let file = File::open(&path).map_err(|error| not_cgroup(Some(error)))?;
         let metadata = file.metadata().map_err(|error| not_cgroup(Some(error)))?;
         // A path through another process's root (/proc/1/root) would lead elsewhere once it is resolved by name.
@@ -48,11 +55,14 @@ impl Cgroup {
 /// A cgroup's id, as the kernel half sees it: the directory's inode number.
 pub(super) fn cgroup_id(path: &Path) -> Result<u64, Error> {
     let error = |source| Error::Cgroup { path: path.to_path_buf(), source };
-    let filesystem = statfs(path).map_err(|errno| error(errno.into()))?;
-    if filesystem.filesystem_type() != CGROUP2_SUPER_MAGIC {
+    if !is_cgroup2(path).map_err(error)? {
         return Err(Error::NotCgroup { path: path.to_path_buf(), source: None });
     }
     Ok(fs::metadata(path).map_err(error)?.ino())
+}
+
+fn is_cgroup2(path: &Path) -> io::Result<bool> {
+    Ok(statfs(path)?.filesystem_type() == CGROUP2_SUPER_MAGIC)
 }
 
 pub(crate) fn mounted() -> Result<PathBuf, Error> {

@@ -1,7 +1,7 @@
 //! `mtls ca` in a Kubernetes cluster: where the authority is kept, who may call, and where its roots are published.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
@@ -17,6 +17,8 @@ use crate::mesh::{Scope, Source};
 const ROUND: Duration = Duration::from_secs(15);
 /// After a round that failed.
 const AGAIN: Duration = Duration::from_secs(2);
+/// How often somebody who looks is told that it still fails.
+const SAY_AGAIN: Duration = Duration::from_secs(60);
 
 /// Flags of the authority in a cluster.
 #[derive(clap::Args, Debug)]
@@ -118,6 +120,7 @@ pub(super) async fn in_cluster(joined: Option<Joined>, kept: Option<Secret>, aut
     let Some(joined) = joined else { return std::future::pending().await };
     let mut published = joined.published();
     let mut changes = authority.subscribe();
+    let mut said: Option<(String, Instant)> = None;
     loop {
         changes.mark_unchanged();
         // In this order: a replica that has not heard of new roots must not put the old ones back.
@@ -130,9 +133,16 @@ pub(super) async fn in_cluster(joined: Option<Joined>, kept: Option<Secret>, aut
             Err(error) => Err(error),
         };
         let next = match outcome {
-            Ok(()) => ROUND,
+            Ok(()) => {
+                said = None;
+                ROUND
+            }
             Err(error) => {
-                tracing::error!(%error, "the authority goes on as it last was");
+                let error = error.to_string();
+                if said.as_ref().is_none_or(|(last, at)| *last != error || at.elapsed() >= SAY_AGAIN) {
+                    tracing::error!(error, "the authority goes on as it last was");
+                    said = Some((error, Instant::now()));
+                }
                 AGAIN
             }
         };

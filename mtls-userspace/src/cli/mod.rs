@@ -15,11 +15,13 @@ pub mod connections;
 pub mod lab;
 pub mod node;
 pub mod node_check;
+pub mod node_uninstall;
 mod policies;
 pub mod policy;
 pub mod readiness;
 pub mod services;
 pub mod status;
+mod stay;
 pub mod verify;
 mod words;
 pub mod workloads;
@@ -90,7 +92,9 @@ impl fmt::Display for Table {
 pub fn log_to_stderr() {
     let filter = tracing_subscriber::EnvFilter::builder()
         .with_default_directive(tracing::level_filters::LevelFilter::INFO.into())
-        .from_env_lossy();
+        .from_env_lossy()
+        // Each of its errors comes back to us and is said by whoever asked, with what it was about.
+        .add_directive("kube_client::client::builder=off".parse().unwrap_or_default());
     // Colours are for people; a container's log is read by programs.
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();

@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use super::stay::stay;
 use super::{Align, Output, Table};
 use crate::features;
 use crate::node_check::{self, Finding, Node, Verdict};
@@ -21,9 +22,10 @@ pub struct Args {
     /// The node's name, to be said above the table
     #[arg(long, value_name = "NAME")]
     node: Option<String>,
-    /// If nothing is in the way, wait to be ended instead of ending: a pod of a DaemonSet is Ready then
-    #[arg(long)]
-    stay: bool,
+    /// If nothing is in the way, accept connections on this port until ended, instead of ending: a pod's readiness probe
+    /// sees by it that the node can take part
+    #[arg(long, value_name = "PORT")]
+    stay: Option<u16>,
     /// Table for people, or JSON for programs
     #[arg(long, short, value_enum, default_value_t = Output::Table)]
     output: Output,
@@ -43,12 +45,15 @@ pub fn main(args: &Args) -> ExitCode {
     });
     // Whoever stopped reading has seen enough; the exit code is what counts.
     let _ = print(&findings, title.as_deref(), args.output, &mut io::stdout().lock());
-    if is_ready && args.stay {
-        loop {
-            std::thread::park();
+    match (is_ready, args.stay) {
+        (true, None) => ExitCode::SUCCESS,
+        (true, Some(port)) => {
+            let Err(error) = stay(port);
+            eprintln!("mtls: {error:#}");
+            ExitCode::from(UNKNOWN)
         }
+        (false, _) => ExitCode::from(NOT_YET),
     }
-    if is_ready { ExitCode::SUCCESS } else { ExitCode::from(NOT_YET) }
 }
 
 fn findings(root: &Path) -> Result<Vec<Finding>, node_check::Error> {

@@ -14,8 +14,6 @@ use tokio_stream::StreamExt;
 
 use super::chain;
 
-/// Objects in one answer: at ten kilobytes each, what is in memory at one time stays small.
-const PAGE: u32 = 250;
 /// For a page, and for a watch to begin.
 const PAGE_LIMIT: Duration = Duration::from_secs(60);
 /// Shorter than what API servers allow (295 s): a dead connection is noticed when a watch outlives this.
@@ -62,10 +60,12 @@ pub(crate) enum Ended {
     Unheard,
 }
 
-/// Follows a kind; `what` is its name in the plural, for errors, and `message` what changes are told as.
+/// Follows a kind; `what` is its name in the plural, for errors, `page` how many objects are asked for at a time, and
+/// `message` what changes are told as.
 pub(crate) async fn follow<K, M>(
     api: Api<K>,
     what: &'static str,
+    page: u32,
     send: &mpsc::Sender<M>,
     message: impl Fn(Change<K>) -> M,
 ) -> Ended
@@ -77,7 +77,7 @@ where
     let mut version: Option<String> = None;
     loop {
         let step = match &mut version {
-            None => list(&api, &teller).await.map(|listed| version = Some(listed)),
+            None => list(&api, page, &teller).await.map(|listed| version = Some(listed)),
             Some(version) => watch(&api, version, &teller).await,
         };
         let trouble = match step {
@@ -148,9 +148,10 @@ impl<K, M, F: Fn(Change<K>) -> M> Teller<'_, K, M, F> {
 /// Tells everything there is, page by page, and returns the version of that.
 async fn list<K: Clone + DeserializeOwned + Debug, M, F: Fn(Change<K>) -> M>(
     api: &Api<K>,
+    page: u32,
     teller: &Teller<'_, K, M, F>,
 ) -> Result<String, Stop> {
-    let mut params = ListParams::default().limit(PAGE);
+    let mut params = ListParams::default().limit(page);
     let mut begun = false;
     loop {
         let page = tokio::time::timeout(PAGE_LIMIT, api.list(&params)).await.map_err(|_| timed_out())??;

@@ -1,9 +1,8 @@
-//! What the API server itself dials: the Services that webhook configurations and aggregated APIs name in, who calls
-//! which port out.
+//! What the API server itself dials: the Services that webhook configurations, definitions of custom resources and
+//! aggregated APIs name in, who calls which port out.
 //!
 //! The API server is no member of the mesh and has no identity there: its calls come in plaintext, and a STRICT port
-//! refuses them. Webhooks that convert custom resources are not looked for, because the objects that name them are the
-//! largest that a cluster has.
+//! refuses them.
 
 use std::fmt;
 use std::sync::Arc;

@@ -7,6 +7,8 @@ use super::mounts::Mount;
 use super::{Finding, Verdict, inside};
 
 const USUAL: &str = "/sys/fs/cgroup";
+/// systemd's place for it among the hierarchies of version 1, where the agent looks by itself.
+const HYBRID: &str = "/sys/fs/cgroup/unified";
 /// Directories between the hierarchy's root and kubelet's: kind's nodes have up to two.
 const DEPTH: usize = 3;
 
@@ -25,8 +27,9 @@ pub fn hierarchy(mounts: &[Mount]) -> Finding {
     let has_version_1 = mounts.iter().any(|mount| mount.filesystem == "cgroup");
     let (seen, verdict) = match (root(mounts), has_version_1) {
         (Some(USUAL), _) => (format!("version 2 at {USUAL}"), Verdict::Good),
+        (Some(HYBRID), _) => (format!("version 2 at {HYBRID}, beside version 1"), Verdict::Good),
         (Some(point), _) => (
-            format!("version 2 at {point}, beside version 1"),
+            format!("version 2 at {point}"),
             Verdict::Set { value: "node.paths.cgroup", to: point.to_owned() },
         ),
         (None, true) => (

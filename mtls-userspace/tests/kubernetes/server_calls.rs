@@ -1,4 +1,4 @@
-//! What the API server itself dials: webhooks and aggregated APIs, found before they are called.
+//! What the API server itself dials: webhooks of all three kinds and aggregated APIs, found before they are called.
 
 use mtls::mesh::Source;
 use mtls_tests::kubernetes::{Rule, agent_rules};
@@ -33,6 +33,21 @@ fn api(name: &str, service: Value) -> Value {
     json!({ "apiVersion": "apiregistration.k8s.io/v1", "kind": "APIService", "metadata": { "name": name },
         "spec": { "group": "metrics.k8s.io", "version": "v1beta1", "service": service,
             "groupPriorityMinimum": 100, "versionPriority": 100 } })
+}
+
+/// Of a custom resource that this client converts; the schema, which nobody needs, says `service`, too.
+fn definition(name: &str, client: Option<Value>) -> Value {
+    let conversion = match client {
+        Some(client) => json!({ "strategy": "Webhook",
+            "webhook": { "clientConfig": client, "conversionReviewVersions": ["v1"] } }),
+        None => json!({ "strategy": "None" }),
+    };
+    let service = json!({ "type": "object", "properties": { "name": { "type": "string" } } });
+    let schema = json!({ "openAPIV3Schema": { "type": "object", "properties": { "service": service } } });
+    json!({ "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": { "name": name },
+        "spec": { "group": "example.com", "scope": "Namespaced", "names": { "plural": "shelves", "kind": "Shelf" },
+            "versions": [{ "name": "v1", "served": true, "storage": true, "schema": schema }],
+            "conversion": conversion } })
 }
 
 fn client(name: &str, port: Value) -> Value {
@@ -92,6 +107,19 @@ async fn what_is_called_through_a_service_is_called_at_its_pods_and_nothing_else
     soon("one", || called(&source, "10.0.0.2:8443") == both[..1]).await;
     world.api.delete(&api("v1beta1.metrics.k8s.io", Value::Null)).unwrap();
     soon("none", || source.current().server_calls().is_empty()).await;
+
+    // More of them than come in one answer.
+    let shelves = |n| format!("shelves-{n}.example.com");
+    for n in 0..20 {
+        let converted = (n == 19).then(|| client("hook", json!(443)));
+        world.api.apply(&definition(&shelves(n), converted)).unwrap();
+    }
+    let converted = ["CustomResourceDefinition shelves-19.example.com through Service shop/hook port 443"];
+    soon("the conversion", || called(&source, "10.0.0.1:8443") == converted).await;
+    let anew = world.follow().await;
+    soon("the conversion, listed", || called(&anew, "10.0.0.1:8443") == converted).await;
+    world.api.apply(&definition(&shelves(19), None)).unwrap();
+    soon("its end", || source.current().server_calls().is_empty()).await;
     assert_eq!(source.last_error(), None);
 }
 

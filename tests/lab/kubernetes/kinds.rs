@@ -66,6 +66,14 @@ pub(super) const KINDS: &[Kind] = &[
         false,
         false,
     ),
+    kind(
+        "apiextensions.k8s.io",
+        &["v1"],
+        "customresourcedefinitions",
+        "CustomResourceDefinition",
+        false,
+        true,
+    ),
     kind("apiregistration.k8s.io", &["v1"], "apiservices", "APIService", false, true),
 ];
 

@@ -24,6 +24,7 @@ pub fn agent_rules() -> Vec<Rule> {
         "authorizationpolicies.security.istio.io",
         "validatingwebhookconfigurations.admissionregistration.k8s.io",
         "mutatingwebhookconfigurations.admissionregistration.k8s.io",
+        "customresourcedefinitions.apiextensions.k8s.io",
         "apiservices.apiregistration.k8s.io",
     ])
 }

@@ -50,7 +50,20 @@ pub fn release(arch: Arch) -> Result<PathBuf> {
         places.iter().map(|flag| flag.replace("--remap-path-prefix", "-ffile-prefix-map")).collect();
     flags.extend(places);
     command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f")).env("CFLAGS", in_c.join(" "));
+    command.envs(allocator(arch));
     executable(&mut command)
+}
+
+/// What jemalloc would otherwise ask the machine that builds, so that each kind of processor made an image of its own.
+fn allocator(arch: Arch) -> [(&'static str, &'static str); 3] {
+    // A process gets 48 bits of addresses at most unless it asks for more, whatever the processor has.
+    let address_bits = ("JEMALLOC_SYS_WITH_LG_VADDR", "48");
+    // It serves smaller pages than it was made for, and refuses larger ones: arm64 kernels have up to 64 KiB.
+    let page = match arch {
+        Arch::Amd64 => "12",
+        Arch::Arm64 => "16",
+    };
+    [address_bits, ("JEMALLOC_SYS_WITH_LG_PAGE", page), ("JEMALLOC_SYS_WITH_LG_HUGEPAGE", "21")]
 }
 
 /// Who can compile for a kind of processor.

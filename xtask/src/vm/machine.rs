@@ -19,7 +19,8 @@ use super::kernel::Image;
 use crate::call;
 
 const VERDICT: &str = "guest: exit ";
-const MEMORY: &str = "768M";
+/// Enough for the programs, which are unpacked into it, and for the agents of `lab compare` at once.
+const MEMORY: &str = "1536M";
 
 /// Boots, hands over the console's lines, and returns the exit status of what ran in the machine.
 pub fn boot(image: &Image, initramfs: &Path, limit: Duration, see: &mut dyn FnMut(&str)) -> Result<i32> {

@@ -1,5 +1,5 @@
 //! A place to try things in: cgroups of an agent and a pod, a network namespace, a BPF file system. Undone on drop; and
-//! what a process that was killed leaves is an empty cgroup, which the next one removes.
+//! what a process that was killed leaves, an empty cgroup and pins, the next one removes.
 
 use std::fs::{self, File};
 use std::io;
@@ -49,6 +49,7 @@ impl Scratch {
         let netns_path = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&open)));
         let netns = Netns::open(&netns_path)?;
         netns.within(rtnetlink::loopback_up)??;
+        remove_leftovers(bpffs, |path| drop(fs::remove_dir_all(path)));
         let (bpffs, mounted) = match private_bpffs() {
             Ok(path) => (path, true),
             // A container may be forbidden to mount; then beside what an agent pins.
@@ -81,7 +82,7 @@ fn private_bpffs() -> io::Result<PathBuf> {
 
 impl Cgroups {
     fn make(root: &Path) -> Result<Self, Obstacle> {
-        remove_leftovers(root);
+        remove_leftovers(root, remove);
         let dir = root.join(format!("{PREFIX}{}", std::process::id()));
         let failed = |error| Obstacle::of(error).during(&format!("making a cgroup below {}", root.display()));
         let home = home()?;
@@ -120,8 +121,9 @@ fn home() -> Result<PathBuf, Error> {
     Ok(preflight::mounted()?.join(own))
 }
 
-fn remove_leftovers(root: &Path) {
-    for entry in fs::read_dir(root).into_iter().flatten().flatten() {
+/// Of processes that are no more.
+fn remove_leftovers(directory: &Path, remove: impl Fn(&Path)) {
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let process = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
         if process.is_some_and(|process| !Path::new("/proc").join(process).exists()) {

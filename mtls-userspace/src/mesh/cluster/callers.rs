@@ -1,5 +1,6 @@
-//! Objects that make the API server dial Services: webhook configurations and aggregated APIs in, the Services' ports
-//! out. Rules, certificates and everything else in them is skipped by the parser.
+//! Objects that make the API server dial Services: webhook configurations, definitions of custom resources and
+//! aggregated APIs in, the Services' ports out. Rules, schemas, certificates and everything else in them is skipped by
+//! the parser.
 
 use std::borrow::Cow;
 use std::collections::BTreeSet;
@@ -25,17 +26,20 @@ pub(super) enum Caller {
     ValidatingWebhooks,
     MutatingWebhooks,
     AggregatedApis,
+    /// Their definitions name webhooks that convert between versions.
+    CustomResources,
 }
 
 impl Caller {
-    pub(super) const ALL: [Self; 3] =
-        [Self::ValidatingWebhooks, Self::MutatingWebhooks, Self::AggregatedApis];
+    pub(super) const ALL: [Self; 4] =
+        [Self::ValidatingWebhooks, Self::MutatingWebhooks, Self::AggregatedApis, Self::CustomResources];
 
     pub(super) fn kind(self) -> &'static str {
         match self {
             Self::ValidatingWebhooks => "ValidatingWebhookConfiguration",
             Self::MutatingWebhooks => "MutatingWebhookConfiguration",
             Self::AggregatedApis => "APIService",
+            Self::CustomResources => "CustomResourceDefinition",
         }
     }
 
@@ -45,6 +49,7 @@ impl Caller {
             Self::ValidatingWebhooks => "validatingwebhookconfigurations.admissionregistration.k8s.io",
             Self::MutatingWebhooks => "mutatingwebhookconfigurations.admissionregistration.k8s.io",
             Self::AggregatedApis => "apiservices.apiregistration.k8s.io",
+            Self::CustomResources => "customresourcedefinitions.apiextensions.k8s.io",
         }
     }
 
@@ -62,18 +67,30 @@ pub(super) struct Calling {
     services: Vec<ServiceJson>,
 }
 
-/// The fields of all three kinds.
+/// The fields of all kinds.
 #[derive(Deserialize)]
 struct CallingJson {
     metadata: Metadata,
     webhooks: Option<Vec<WebhookJson>>,
-    spec: Option<ClientJson>,
+    spec: Option<SpecJson>,
+}
+
+/// Of an aggregated API, or of a custom resource's definition.
+#[derive(Deserialize)]
+struct SpecJson {
+    service: Option<ServiceJson>,
+    conversion: Option<ConversionJson>,
+}
+
+#[derive(Deserialize)]
+struct ConversionJson {
+    webhook: Option<WebhookJson>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct WebhookJson {
-    client_config: ClientJson,
+    client_config: Option<ClientJson>,
 }
 
 #[derive(Deserialize)]
@@ -92,9 +109,10 @@ struct ServiceJson {
 
 impl From<CallingJson> for Calling {
     fn from(CallingJson { metadata, webhooks, spec }: CallingJson) -> Self {
-        let hooks = webhooks.into_iter().flatten().filter_map(|webhook| webhook.client_config.service);
-        let services = hooks.chain(spec.and_then(|spec| spec.service)).collect();
-        Self { metadata: metadata.into(), services }
+        let (api, conversion) = spec.map_or((None, None), |spec| (spec.service, spec.conversion));
+        let hooks = webhooks.into_iter().flatten().chain(conversion.and_then(|it| it.webhook));
+        let called = hooks.filter_map(|webhook| webhook.client_config?.service);
+        Self { metadata: metadata.into(), services: called.chain(api).collect() }
     }
 }
 
@@ -152,6 +170,7 @@ pub(super) struct Callers {
     validating: Kept<Box<[Port]>>,
     mutating: Kept<Box<[Port]>>,
     aggregated: Kept<Box<[Port]>>,
+    converted: Kept<Box<[Port]>>,
 }
 
 impl Callers {
@@ -160,6 +179,7 @@ impl Callers {
             Caller::ValidatingWebhooks => &self.validating,
             Caller::MutatingWebhooks => &self.mutating,
             Caller::AggregatedApis => &self.aggregated,
+            Caller::CustomResources => &self.converted,
         }
     }
 
@@ -168,6 +188,7 @@ impl Callers {
             Caller::ValidatingWebhooks => &mut self.validating,
             Caller::MutatingWebhooks => &mut self.mutating,
             Caller::AggregatedApis => &mut self.aggregated,
+            Caller::CustomResources => &mut self.converted,
         }
     }
 

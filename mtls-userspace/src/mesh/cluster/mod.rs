@@ -37,6 +37,10 @@ const IDLE_PER_BUILD: u32 = 19;
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// How often somebody who waits for the start is told why.
 const SAY_AGAIN: Duration = Duration::from_secs(10);
+/// Objects in one answer: at ten kilobytes each, what is in memory at one time stays small.
+const PAGE: u32 = 250;
+/// Of definitions of custom resources, which may have a megabyte each.
+const FEW: u32 = 8;
 /// Objects under way from the followers to the state.
 const QUEUE: usize = 256;
 /// Of objects that can't be understood, so many are named in one line.
@@ -164,9 +168,10 @@ async fn one<K, const VERSIONS: usize>(
         };
         Message { kind, change }
     };
+    let page = if kind == Kind::Caller(Caller::CustomResources) { FEW } else { PAGE };
     loop {
         for api in &versions {
-            match follow_kind(api.clone(), what, &send, message).await {
+            match follow_kind(api.clone(), what, page, &send, message).await {
                 Ended::Absent => {}
                 Ended::Unheard => return,
             }
