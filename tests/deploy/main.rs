@@ -37,11 +37,12 @@ macro_rules! needs {
 pub(crate) use needs;
 
 /// Of `deploy`: the directory that is applied, with the file of values that asks the chart for the same.
-const VARIANTS: [(&str, Option<&str>); 4] = [
+const VARIANTS: [(&str, Option<&str>); 5] = [
     ("", None),
     ("kind", Some("kind/values.yaml")),
     ("minikube", Some("minikube/values.yaml")),
     ("production", Some("production/values.yaml")),
+    ("signer", Some("signer/values.yaml")),
 ];
 
 /// A file or directory of `deploy`.

@@ -32,7 +32,7 @@ pub struct Args {
 pub fn main(args: &Args) -> anyhow::Result<()> {
     ensure!(
         UnixStream::connect(&args.agent_socket).is_err(),
-        "an agent answers on {}, and would put everything back; stop it first: kubectl delete -k deploy/",
+        "an agent answers on {}, and would put everything back; stop it first: kubectl delete -k deploy/base",
         args.agent_socket.display()
     );
     // The plugin first: while it is there new pods are refused, and what is pinned protects those that run.

@@ -12,6 +12,9 @@ use crate::{locate, mesh};
 /// Between looks at every pod. One that changed, or is not in good order, is looked at in each round.
 const VERIFY_EVERY: Duration = Duration::from_secs(10);
 
+/// Of a certificate that was asked for just now.
+const AWAITED: &str = "the certificate authority has not answered yet";
+
 /// A pod to look at.
 struct LookedAt<'a> {
     key: &'a str,
@@ -30,7 +33,9 @@ impl Enrolment {
             self.faults.clear();
         }
         for (key, faults) in self.examine(identities) {
-            if !faults.is_empty() && known.get(&key) != Some(&faults) {
+            // A first certificate is always waited for a moment; an authority that does not answer becomes an error.
+            let is_news = faults.iter().any(|fault| !fault.ends_with(AWAITED));
+            if is_news && known.get(&key) != Some(&faults) {
                 tracing::warn!(
                     pod = key,
                     faults = faults.join("; "),
@@ -91,6 +96,6 @@ fn no_certificate(identities: &Identities, id: &SpiffeId) -> Option<String> {
     }
     let status = identities.status().into_iter().find(|status| status.id == *id);
     let why = status.and_then(|status| status.last_error);
-    let why = why.unwrap_or_else(|| "the certificate authority has not answered yet".into());
+    let why = why.unwrap_or_else(|| AWAITED.into());
     Some(format!("no certificate for {id}: {why}"))
 }
