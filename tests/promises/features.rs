@@ -1,5 +1,7 @@
 //! What a kernel can do is found by doing it; the agent acts on it, and says so.
 
+use std::os::unix::fs::symlink;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -76,6 +78,16 @@ fn what_is_missing_is_named_and_the_rest_is_tried_all_the_same() -> Result<()> {
     assert_eq!(cgroup["works"], false);
     assert!(cgroup["seen"].as_str().is_some_and(|seen| seen.contains(&plain)), "{cgroup}");
     assert_eq!(finding(&report, "connect4")?["works"], Value::Null, "it needs a cgroup");
+
+    // As systemd mounts it beside version 1.
+    symlink(lab.node("node-a")?.cgroup(), Path::new(&plain).join("unified"))?;
+    let finished = run(&lab, &["--bpffs", &pins, "--cgroup-root", &plain])?;
+    assert!(finished.status.success(), "{}\n{}", finished.stdout, finished.stderr);
+    let report: Value = serde_json::from_str(&finished.stdout)?;
+    assert_eq!(
+        report["machine"]["cgroup_root"]["path"],
+        lab.node("node-a")?.cgroup().to_string_lossy().as_ref()
+    );
 
     let node = lab.node("node-a")?;
     let mut command = node.command_in("agent", "setpriv");
