@@ -53,9 +53,8 @@ impl Container {
     }
 
     fn agent_on(lab: &Lab, node: &str, on_node: OnNode) -> Result<Self> {
-        let objects = parse(&kustomized("")?)?;
         let (scratch, id) = unpacked()?;
-        let spec = objects["DaemonSet/mtls-node"].pointer("/spec/template/spec").context("no pod")?;
+        let spec = pod("", "DaemonSet/mtls-node")?;
         ensure!(spec["hostNetwork"] == true && spec["hostPID"] == true, "this runs it on the node's own");
         let container = spec.pointer("/containers/0").context("no container")?;
         // Below the root of whatever hierarchies there are: beside the lab's own agents.
@@ -70,17 +69,14 @@ impl Container {
 
     /// The check of a node, this machine, as its DaemonSet describes it, but for staying.
     pub fn check() -> Result<Self> {
-        let objects = parse(&kustomized("check")?)?;
         let (scratch, id) = unpacked()?;
-        let spec = objects["DaemonSet/mtls-check"].pointer("/spec/template/spec").context("no pod")?;
+        let spec = pod("check", "DaemonSet/mtls-check")?;
         ensure!(
             spec["hostPID"] == true && spec["volumes"].is_null(),
             "this runs it with the node's processes"
         );
         let container = spec.pointer("/containers/0").context("no container")?;
-        let mut args = vec!["/usr/bin/mtls".to_owned()];
-        args.extend(texts(container, "/args")?.into_iter().map(|arg| arg.replace("$(NODE_NAME)", "here")));
-        args.retain(|arg| !arg.starts_with("--stay"));
+        let args = args_to_end(container, "here")?;
         let cgroup = format!("/{id}");
         let config = config(container, &cgroup, &args, Vec::new(), &["network"])?;
         let on_node = OnNode { directories: BTreeMap::new(), _scratch: Rc::new(Scratch::new("node")?) };
@@ -89,17 +85,14 @@ impl Container {
 
     /// What takes everything off the node that this agent runs on, as its DaemonSet describes it, but for staying.
     pub fn uninstall(&self, lab: &Lab, node: &str) -> Result<Self> {
-        let objects = parse(&kustomized("uninstall")?)?;
         let (scratch, id) = unpacked()?;
-        let spec = objects["DaemonSet/mtls-uninstall"].pointer("/spec/template/spec").context("no pod")?;
+        let spec = pod("uninstall", "DaemonSet/mtls-uninstall")?;
         ensure!(
             spec["hostNetwork"] == true && spec["hostPID"].is_null(),
             "this runs it on the node's network"
         );
         let container = spec.pointer("/containers/0").context("no container")?;
-        let mut args = vec!["/usr/bin/mtls".to_owned()];
-        args.extend(texts(container, "/args")?.into_iter().map(str::to_owned));
-        args.retain(|arg| !arg.starts_with("--stay"));
+        let args = args_to_end(container, node)?;
         let cgroup = format!("/{}/{node}/agent/{id}", lab.id());
         let config = config(container, &cgroup, &args, mounts(container, &self.on_node)?, &["pid"])?;
         let uninstall =
@@ -302,6 +295,19 @@ fn config(
             "seccomp": profile(&capabilities)?,
         },
     }))
+}
+
+/// The pod that a workload describes in what a directory installs.
+fn pod(directory: &str, key: &str) -> Result<Value> {
+    let objects = parse(&kustomized(directory)?)?;
+    objects[key].pointer("/spec/template/spec").cloned().context("no pod")
+}
+
+/// The container's own, but for those that would keep it from ending.
+fn args_to_end(container: &Value, node: &str) -> Result<Vec<String>> {
+    let args = texts(container, "/args")?.into_iter().filter(|arg| !arg.starts_with("--stay"));
+    let args = args.map(|arg| arg.replace("$(NODE_NAME)", node));
+    Ok(std::iter::once("/usr/bin/mtls".to_owned()).chain(args).collect())
 }
 
 /// The DaemonSet's own, but for what the lab has instead of a cluster.

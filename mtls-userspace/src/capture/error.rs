@@ -26,6 +26,8 @@ pub enum Error {
         because(source)
     )]
     NotCgroup { path: PathBuf, source: Option<io::Error> },
+    #[error("{path} is not a cgroup2 directory")]
+    NotPodCgroup { path: PathBuf },
     #[error(
         "{path} is not in a mounted BPF file system{}; `mount -t bpf bpf {path}`, or name one with --bpffs",
         because(source)

@@ -18,6 +18,7 @@ use super::sys::{self, AttachType, LinkInfo, LinkTarget};
 const DIRECTORY: &str = "mtls-v";
 /// What every name begins with that an agent pins by, while it tries what the kernel can do, too.
 const OURS: &str = "mtls-";
+const LINKS: &str = "links";
 const LOOKUP: &str = "lookup-";
 
 #[derive(Debug)]
@@ -44,8 +45,7 @@ pub fn release(bpffs: &Path) -> Result<usize, Error> {
             continue;
         }
         let path = entry.path();
-        let links = fs::read_dir(path.join("links")).into_iter().flatten().flatten();
-        pods += links.filter(|link| link.file_name().to_string_lossy().starts_with(LOOKUP)).count();
+        pods += looked_up(&path.join(LINKS)).map_or(0, |pods| pods.len());
         if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }.map_err(failed)?;
     }
     // Somebody else's directory stays.
@@ -79,7 +79,7 @@ impl Pins {
     }
 
     fn links(&self) -> PathBuf {
-        self.root().join("links")
+        self.root().join(LINKS)
     }
 
     pub fn map(&self, name: &str) -> PathBuf {
@@ -154,18 +154,7 @@ impl Pins {
 
     /// Netns cookies of the pods whose lookup is pinned.
     pub fn pods(&self) -> Result<Vec<u64>, Error> {
-        let path = self.links();
-        let error = |source| pin_error("listing", &path, source);
-        let mut cookies = Vec::new();
-        for entry in fs::read_dir(&path).map_err(error)? {
-            let name = entry.map_err(error)?.file_name();
-            let cookie = name
-                .to_str()
-                .and_then(|name| name.strip_prefix(LOOKUP))
-                .and_then(|hex| u64::from_str_radix(hex, 16).ok());
-            cookies.extend(cookie);
-        }
-        Ok(cookies)
+        looked_up(&self.links())
     }
 
     pub fn drop_lookup(&self, cookie: u64) -> Result<(), Error> {
@@ -193,6 +182,21 @@ impl Pins {
     fn lookup_path(&self, cookie: u64) -> PathBuf {
         self.links().join(format!("{LOOKUP}{cookie:x}"))
     }
+}
+
+/// Netns cookies of the pods whose lookups are pinned in a directory of links.
+fn looked_up(links: &Path) -> Result<Vec<u64>, Error> {
+    let error = |source| pin_error("listing", links, source);
+    let mut cookies = Vec::new();
+    for entry in fs::read_dir(links).map_err(error)? {
+        let name = entry.map_err(error)?.file_name();
+        let cookie = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(LOOKUP))
+            .and_then(|hex| u64::from_str_radix(hex, 16).ok());
+        cookies.extend(cookie);
+    }
+    Ok(cookies)
 }
 
 fn info(path: &Path) -> Result<Option<LinkInfo>, Error> {

@@ -28,21 +28,19 @@ impl Cgroup {
     /// The directory given, or what it holds where cgroups of version 1 are mounted beside those of version 2; or the
     /// root of the mounted hierarchy.
     pub fn open(path: Option<&Path>) -> Result<Self, Error> {
-        let mut path = match path {
+        let given = match path {
             Some(path) => path.to_path_buf(),
             None => mounted()?,
         };
-        let not_cgroup = |source| Error::NotCgroup { path: path.clone(), source };
-        if !is_cgroup2(&path).map_err(|error| not_cgroup(Some(error)))? {
-            let beside = path.join(BESIDE_VERSION_1);
-            if !is_cgroup2(&beside).unwrap_or(false) {
-                return Err(not_cgroup(None));
-            }
-            path = beside;
-        }
-        let not_cgroup = |source| Error::NotCgroup { path: path.clone(), source };
-        let file = File::open(&path).map_err(|error| not_cgroup(Some(error)))?;
-        let metadata = file.metadata().map_err(|error| not_cgroup(Some(error)))?;
+        let not_root = |source| Error::NotCgroup { path: given.clone(), source };
+        let path = if is_cgroup2(&given).map_err(|error| not_root(Some(error)))? {
+            given.clone()
+        } else {
+            let beside = Some(given.join(BESIDE_VERSION_1)).filter(|path| is_cgroup2(path).unwrap_or(false));
+            beside.ok_or_else(|| not_root(None))?
+        };
+        let file = File::open(&path).map_err(|error| not_root(Some(error)))?;
+        let metadata = file.metadata().map_err(|error| not_root(Some(error)))?;
         // A path through another process's root (/proc/1/root) would lead elsewhere once it is resolved by name.
         let is_same = |resolved: &PathBuf| {
             fs::metadata(resolved).is_ok_and(|it| (it.dev(), it.ino()) == (metadata.dev(), metadata.ino()))
@@ -56,7 +54,7 @@ impl Cgroup {
 pub(super) fn cgroup_id(path: &Path) -> Result<u64, Error> {
     let error = |source| Error::Cgroup { path: path.to_path_buf(), source };
     if !is_cgroup2(path).map_err(error)? {
-        return Err(Error::NotCgroup { path: path.to_path_buf(), source: None });
+        return Err(Error::NotPodCgroup { path: path.to_path_buf() });
     }
     Ok(fs::metadata(path).map_err(error)?.ino())
 }

@@ -17,29 +17,38 @@ pub struct Args {
 #[derive(clap::Subcommand)]
 enum Command {
     /// Take the plugin off this node: out of the network configuration, then its binary
-    Uninstall {
-        /// Where CNI plugins are
-        #[arg(long, value_name = "DIR", default_value = "/opt/cni/bin")]
-        cni_bin_dir: PathBuf,
-        /// Where the network configuration is
-        #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
-        cni_conf_dir: PathBuf,
-    },
+    Uninstall(Installed),
+}
+
+/// Where the plugin is to be taken off.
+#[derive(clap::Args, Debug)]
+pub(super) struct Installed {
+    /// Where CNI plugins are
+    #[arg(long, value_name = "DIR", default_value = "/opt/cni/bin")]
+    cni_bin_dir: PathBuf,
+    /// Where the network configuration is
+    #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
+    cni_conf_dir: PathBuf,
+}
+
+impl Installed {
+    /// Takes it off, and says so.
+    pub(super) fn take_off(&self) -> anyhow::Result<()> {
+        let changed = cni::uninstall(&self.cni_bin_dir, &self.cni_conf_dir)?;
+        for path in &changed {
+            println!("{} is out of {}", cni::NAME, path.display());
+        }
+        if changed.is_empty() {
+            println!("{} was not installed", cni::NAME);
+        }
+        Ok(())
+    }
 }
 
 pub fn main(args: Args) -> anyhow::Result<ExitCode> {
     match args.command {
         None => Ok(plugin()),
-        Some(Command::Uninstall { cni_bin_dir, cni_conf_dir }) => {
-            let changed = cni::uninstall(&cni_bin_dir, &cni_conf_dir)?;
-            for path in &changed {
-                println!("{} is out of {}", cni::NAME, path.display());
-            }
-            if changed.is_empty() {
-                println!("{} was not installed", cni::NAME);
-            }
-            Ok(ExitCode::SUCCESS)
-        }
+        Some(Command::Uninstall(installed)) => installed.take_off().map(|()| ExitCode::SUCCESS),
     }
 }
 

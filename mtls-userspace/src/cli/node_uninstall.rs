@@ -6,17 +6,14 @@ use std::path::PathBuf;
 
 use anyhow::ensure;
 
+use super::cni::Installed;
 use super::stay::stay;
-use crate::{capture, cni};
+use crate::capture;
 
 #[derive(clap::Args, Debug)]
 pub struct Args {
-    /// Where CNI plugins are
-    #[arg(long, value_name = "DIR", default_value = "/opt/cni/bin")]
-    cni_bin_dir: PathBuf,
-    /// Where the network configuration is
-    #[arg(long, value_name = "DIR", default_value = "/etc/cni/net.d")]
-    cni_conf_dir: PathBuf,
+    #[command(flatten)]
+    plugin: Installed,
     /// Where agents pinned their links and maps
     #[arg(long, value_name = "DIR", default_value = "/sys/fs/bpf/mtls")]
     bpffs: PathBuf,
@@ -36,13 +33,7 @@ pub fn main(args: &Args) -> anyhow::Result<()> {
         args.agent_socket.display()
     );
     // The plugin first: while it is there new pods are refused, and what is pinned protects those that run.
-    let changed = cni::uninstall(&args.cni_bin_dir, &args.cni_conf_dir)?;
-    for path in &changed {
-        println!("{} is out of {}", cni::NAME, path.display());
-    }
-    if changed.is_empty() {
-        println!("{} was not installed", cni::NAME);
-    }
+    args.plugin.take_off()?;
     let pods = capture::release(&args.bpffs)?;
     println!("nothing is pinned in {} any more; pods released: {pods}", args.bpffs.display());
     match args.stay {
