@@ -27,7 +27,7 @@ pub struct Args {
     /// Only these kinds of measurement
     #[arg(long, value_delimiter = ',')]
     pub only: Vec<Kind>,
-    /// Only paths whose name contains one of these
+    /// Only paths whose name contains one of these; `=NAME` is the path of just that name
     #[arg(long, value_delimiter = ',', value_name = "NAME")]
     pub path: Vec<String>,
     /// Numbers of idle connections whose memory is weighed
@@ -115,7 +115,10 @@ impl Args {
     }
 
     pub fn wants_path(&self, name: &str) -> bool {
-        self.path.is_empty() || self.path.iter().any(|part| name.contains(part.as_str()))
+        self.path.is_empty() || self.path.iter().any(|part| match part.strip_prefix('=') {
+                Some(whole) => name == whole,
+                None => name.contains(part.as_str()),
+            })
     }
 
     /// How often a disturbed measurement is tried.

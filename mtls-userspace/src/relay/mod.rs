@@ -11,7 +11,7 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
-use crate::tunnel::{self, Rejection, TURN, UNSENT, bound_receive};
+use crate::tunnel::{self, Rejection, Size, TURN, UNSENT, bound_receive};
 
 mod laned;
 mod pace;
@@ -115,6 +115,11 @@ impl Progress {
         self.pace.take_for_bulk();
     }
 
+    /// The largest buffer to read into: among others a huge one would make them wait.
+    fn largest(&self) -> Size {
+        if self.pace.is_among_bulk() { Size::Huge } else { Size::Large }
+    }
+
     fn moved(&self) -> u64 {
         self.sent() + self.received()
     }
@@ -133,9 +138,9 @@ impl Progress {
 ///
 /// Such a socket runs over loopback: it needs no window for long distances, which a sleeping reader's peer would fill.
 pub fn prepare(socket: &socket2::Socket) -> io::Result<()> {
-    /// As much as one large read takes. With more in flight the bytes have left the core's cache when they are read: a
-    /// mebibyte costs a fifth more CPU time for each.
-    const RECEIVE: usize = 256 * 1024;
+    /// As much as one huge read takes: each read wakes the application, which on a fast machine costs more than that
+    /// its bytes have left the core's cache by then.
+    const RECEIVE: usize = 1024 * 1024;
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_notsent_lowat(UNSENT)?;
     bound_receive(socket, RECEIVE)

@@ -14,8 +14,10 @@ const ANY: u32 = 0;
 /// Not one stretch is over yet.
 const FRESH: u32 = 1;
 const BULK: u32 = 2;
+/// It went to where such connections are.
+const AMONG_BULK: u32 = 3;
 
-/// One of the three above, or when a stretch ended, in milliseconds of [`now`]. One task writes.
+/// One of those above, or when a stretch ended, in milliseconds of [`now`]. One task writes.
 #[derive(Debug, Default)]
 pub(super) struct Pace(AtomicU32);
 
@@ -24,8 +26,13 @@ impl Pace {
         self.0.store(FRESH, Ordering::Relaxed);
     }
 
-    pub fn ignore(&self) {
-        self.0.store(ANY, Ordering::Relaxed);
+    /// The connection goes on among those that move much, and nobody asks any more.
+    pub fn leave(&self) {
+        self.0.store(AMONG_BULK, Ordering::Relaxed);
+    }
+
+    pub fn is_among_bulk(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == AMONG_BULK
     }
 
     pub fn take_for_bulk(&self) {
@@ -36,7 +43,7 @@ impl Pace {
     pub fn moved(&self, before: u64, after: u64) -> bool {
         let state = self.0.load(Ordering::Relaxed);
         match state {
-            ANY => false,
+            ANY | AMONG_BULK => false,
             BULK => true,
             _ if before / STRETCH == after / STRETCH => false,
             _ => self.stretch_ends(state, now()),
@@ -50,10 +57,10 @@ impl Pace {
     }
 }
 
-/// Milliseconds, none of the three above.
+/// Milliseconds, none of those above.
 fn now() -> u32 {
     static BEGINNING: LazyLock<Instant> = LazyLock::new(Instant::now);
-    (BEGINNING.elapsed().as_millis() as u32).saturating_add(BULK + 1)
+    (BEGINNING.elapsed().as_millis() as u32).saturating_add(AMONG_BULK + 1)
 }
 
 #[cfg(test)]
@@ -70,7 +77,9 @@ mod tests {
         assert!(!pace.moved(STRETCH, 2 * STRETCH - 1));
         assert!(pace.moved(2 * STRETCH - 1, 2 * STRETCH));
         assert!(pace.moved(2 * STRETCH, 2 * STRETCH));
-        pace.ignore();
+        assert!(!pace.is_among_bulk());
+        pace.leave();
+        assert!(pace.is_among_bulk());
         assert!(!pace.moved(2 * STRETCH, 4 * STRETCH));
     }
 
@@ -79,7 +88,7 @@ mod tests {
         let pace = Pace::default();
         let mut state = FRESH;
         for second in 0..10 {
-            assert!(!pace.stretch_ends(state, BULK + 1 + second * FAST));
+            assert!(!pace.stretch_ends(state, AMONG_BULK + 1 + second * FAST));
             state = pace.0.load(Ordering::Relaxed);
         }
     }

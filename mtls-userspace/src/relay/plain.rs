@@ -41,7 +41,8 @@ pub async fn plain_while_light(
     reset_on_close(b);
     let end = {
         let mut watch = None;
-        let (mut forth, mut back) = (Copy::new(a, b), Copy::new(b, a));
+        let largest = progress.largest();
+        let (mut forth, mut back) = (Copy::new(a, b, largest), Copy::new(b, a, largest));
         std::future::poll_fn(|cx| {
             if Pin::new(&mut stop).poll(cx).is_ready() {
                 return Poll::Ready(Some(End::Revoked));
@@ -55,7 +56,7 @@ pub async fn plain_while_light(
             }
             let bulk = progress.pace.moved(before, progress.moved());
             if bulk && polled.is_pending() && forth.can_leave() && back.can_leave() {
-                progress.pace.ignore();
+                progress.pace.leave();
                 return Poll::Ready(None);
             }
             polled.map(Some)
@@ -128,7 +129,9 @@ struct Copy<'a> {
     buffer: Option<Buffer>,
     start: usize,
     end: usize,
-    large: bool,
+    /// The buffer to take next, by what the last read brought; at most `largest`.
+    size: Size,
+    largest: Size,
     ended: bool,
     /// Writing to this direction's source failed: its bytes are read to their end, which is then a reset.
     source_failed: bool,
@@ -138,14 +141,15 @@ struct Copy<'a> {
 }
 
 impl<'a> Copy<'a> {
-    fn new(source: &'a TcpStream, sink: &'a TcpStream) -> Self {
+    fn new(source: &'a TcpStream, sink: &'a TcpStream, largest: Size) -> Self {
         Self {
             source,
             sink,
             buffer: None,
             start: 0,
             end: 0,
-            large: false,
+            size: Size::Small,
+            largest,
             ended: false,
             source_failed: false,
             dead: false,
@@ -188,7 +192,7 @@ impl<'a> Copy<'a> {
                 let _ = pin!(tokio::task::yield_now()).poll(cx);
                 return Poll::Pending;
             }
-            let mut buffer = Buffer::take(if self.large { Size::Large } else { Size::Small });
+            let mut buffer = Buffer::take(self.size);
             match receive(self.source, &mut buffer) {
                 Ok(0) if self.source_failed => return Poll::Ready(Err(Fault::SourceReset)),
                 Ok(0) => {
@@ -197,7 +201,7 @@ impl<'a> Copy<'a> {
                     let _ = SockRef::from(self.sink).shutdown(Shutdown::Write);
                 }
                 Ok(n) => {
-                    self.large = n == buffer.len() || n > buffer.len() / 2 && buffer.size() == Size::Large;
+                    self.size = Size::after(n).min(self.largest);
                     self.turn += n;
                     (self.start, self.end) = (0, n);
                     self.buffer = Some(buffer);

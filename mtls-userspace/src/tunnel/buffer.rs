@@ -1,9 +1,10 @@
 //! Buffers shared by every connection of a thread: taken when a socket is readable, given back as soon as nothing is
 //! pending in them, so that an idle connection owns none.
 //!
-//! Two sizes. A small one holds a record; a large one holds sixteen and is for those that filled a small one. Large
-//! ones are bounded for the whole process, so that thousands of slow readers can't hold gigabytes: who gets none
-//! carries on with a small one. Contents are never cleared; every reader goes by the ranges it wrote.
+//! Three sizes. A small one holds a record, a large one sixteen, a huge one sixty-four: the next size up is for those
+//! that filled the last. All but small ones are bounded for the whole process, so that thousands of slow readers can't
+//! hold gigabytes: who gets none carries on with the next smaller one. Contents are never cleared; every reader goes by
+//! the ranges it wrote.
 
 use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
@@ -18,37 +19,31 @@ pub(crate) const HEADROOM: usize = 256;
 pub(crate) const SLOT_DATA: usize = HEADER + 1;
 /// One full DATA record.
 pub(crate) const SLOT: usize = SLOT_DATA + MAX_DATA + TRAILER;
-/// Slots in a large buffer.
-pub(crate) const SLOTS: usize = 16;
+/// Slots in a huge buffer, the most there are.
+pub(crate) const SLOTS: usize = Size::Huge.slots();
+/// Behind the last slot: a FIN record, or the head of the record after the largest legal one.
+const TAIL: usize = 64;
 
-/// A slot for sending with a FIN record behind it, or the largest legal record and the head of the next one.
-const SMALL: usize = HEADROOM + SLOT + 64;
-const LARGE: usize = HEADROOM + SLOTS * SLOT + 64;
-
-const _: () = assert!(SMALL >= MAX_RECORD + HEADER);
+const _: () = assert!(Size::Small.bytes() >= MAX_RECORD + HEADER);
 const _: () =
     assert!(HEADROOM >= (MAX_OPEN + HEADER + TRAILER) + (5 + HEADER + TRAILER) + (1 + HEADER + TRAILER));
 
-/// Large buffers in use or kept, in the whole process: 64 MiB.
-const LARGE_LIMIT: usize = 256;
-/// Kept per thread for the next taker.
-const KEEP_SMALL: usize = 64;
-const KEEP_LARGE: usize = 8;
-
-static LARGE_COUNT: AtomicUsize = AtomicUsize::new(0);
+/// In use or kept, in the whole process.
+static COUNT: [AtomicUsize; 3] = [const { AtomicUsize::new(0) }; 3];
 
 thread_local! {
-    static SPARE: RefCell<Spare> = const { RefCell::new(Spare { small: Vec::new(), large: Vec::new() }) };
+    static SPARE: RefCell<Spare> = const { RefCell::new(Spare([const { Vec::new() }; 3])) };
 }
 
-struct Spare {
-    small: Vec<Parts>,
-    large: Vec<Parts>,
-}
+/// Kept for the next taker, by size.
+#[derive(Default)]
+struct Spare([Vec<Parts>; 3]);
 
 impl Drop for Spare {
     fn drop(&mut self) {
-        LARGE_COUNT.fetch_sub(self.large.len(), Ordering::Relaxed);
+        for (count, kept) in COUNT.iter().zip(&self.0) {
+            count.fetch_sub(kept.len(), Ordering::Relaxed);
+        }
     }
 }
 
@@ -57,10 +52,66 @@ struct Parts {
     ranges: Vec<(u32, u32)>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub(crate) enum Size {
+    #[default]
     Small,
     Large,
+    Huge,
+}
+
+impl Size {
+    /// The size that suits who received so many bytes at once.
+    pub fn after(received: usize) -> Self {
+        match received {
+            n if n < MAX_DATA * Self::Small.slots() => Self::Small,
+            n if n < MAX_DATA * Self::Large.slots() => Self::Large,
+            _ => Self::Huge,
+        }
+    }
+
+    pub const fn slots(self) -> usize {
+        match self {
+            Self::Small => 1,
+            Self::Large => 16,
+            Self::Huge => 64,
+        }
+    }
+
+    const fn bytes(self) -> usize {
+        HEADROOM + self.slots() * SLOT + TAIL
+    }
+
+    /// In the whole process: 32 MiB of large ones and as much of huge ones.
+    const fn limit(self) -> usize {
+        match self {
+            Self::Small => usize::MAX,
+            Self::Large => 128,
+            Self::Huge => 32,
+        }
+    }
+
+    /// Kept per thread.
+    const fn kept(self) -> usize {
+        match self {
+            Self::Small => 64,
+            Self::Large | Self::Huge => 8,
+        }
+    }
+
+    pub const fn larger(self) -> Self {
+        match self {
+            Self::Small => Self::Large,
+            _ => Self::Huge,
+        }
+    }
+
+    const fn smaller(self) -> Self {
+        match self {
+            Self::Huge => Self::Large,
+            _ => Self::Small,
+        }
+    }
 }
 
 /// A buffer on loan; dropping it gives it back.
@@ -71,34 +122,30 @@ pub(crate) struct Buffer {
 }
 
 impl Buffer {
-    /// A buffer of the wanted size, or a small one when large ones have run out.
+    /// A buffer of the wanted size, or a smaller one when those have run out.
     pub fn take(size: Size) -> Self {
-        let large = size == Size::Large;
-        let spare = SPARE.try_with(|spare| {
-            let mut spare = spare.borrow_mut();
-            if large { spare.large.pop() } else { spare.small.pop() }
-        });
-        if let Ok(Some(Parts { bytes, ranges })) = spare {
+        if let Ok(Some(Parts { bytes, ranges })) =
+            SPARE.try_with(|spare| spare.borrow_mut().0[size as usize].pop())
+        {
             return Self { bytes, ranges };
         }
-        if large {
-            let counted = LARGE_COUNT
-                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < LARGE_LIMIT).then_some(n + 1));
-            if counted.is_err() {
-                return Self::take(Size::Small);
-            }
+        let counted = COUNT[size as usize]
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < size.limit()).then_some(n + 1));
+        if counted.is_err() {
+            return Self::take(size.smaller());
         }
-        let length = if large { LARGE } else { SMALL };
-        Self { bytes: vec![0; length].into_boxed_slice(), ranges: Vec::new() }
+        Self { bytes: vec![0; size.bytes()].into_boxed_slice(), ranges: Vec::new() }
     }
 
     pub fn size(&self) -> Size {
-        if self.bytes.len() == LARGE { Size::Large } else { Size::Small }
+        // By the length, since a field would make every idle connection larger.
+        let is = |size: &Size| self.bytes.len() == size.bytes();
+        [Size::Huge, Size::Large].into_iter().find(is).unwrap_or_default()
     }
 
     /// The slots for sending, `HEADROOM` bytes into the buffer.
     pub fn slots(&self) -> usize {
-        (self.bytes.len() - HEADROOM) / SLOT
+        self.size().slots()
     }
 
     /// The bytes, and the ranges to note what was found in them.
@@ -123,24 +170,27 @@ impl DerefMut for Buffer {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        let large = self.size() == Size::Large;
+        let size = self.size();
         self.ranges.clear();
         let parts =
             Parts { bytes: std::mem::take(&mut self.bytes), ranges: std::mem::take(&mut self.ranges) };
         let kept = SPARE.try_with(|spare| {
-            let mut spare = spare.borrow_mut();
-            let (list, keep) =
-                if large { (&mut spare.large, KEEP_LARGE) } else { (&mut spare.small, KEEP_SMALL) };
-            let room = list.len() < keep;
+            let list = &mut spare.borrow_mut().0[size as usize];
+            let room = list.len() < size.kept();
             if room {
                 list.push(parts);
             }
             room
         });
-        if large && kept != Ok(true) {
-            LARGE_COUNT.fetch_sub(1, Ordering::Relaxed);
+        if kept != Ok(true) {
+            COUNT[size as usize].fetch_sub(1, Ordering::Relaxed);
         }
     }
+}
+
+/// Frees what this thread keeps for the next taker.
+pub fn release_spare_buffers() {
+    let _ = SPARE.try_with(|spare| drop(spare.take()));
 }
 
 #[cfg(test)]
@@ -156,18 +206,37 @@ mod tests {
     }
 
     #[test]
-    fn large_buffers_are_bounded_and_small_ones_take_their_place() {
-        let taken: Vec<_> = (0..LARGE_LIMIT + 20).map(|_| Buffer::take(Size::Large)).collect();
-        let large = taken.iter().filter(|buffer| buffer.size() == Size::Large).count();
-        assert!(large <= LARGE_LIMIT);
+    fn larger_buffers_are_bounded_and_smaller_ones_take_their_place() {
+        let most = Size::Huge.limit() + Size::Large.limit();
+        let taken: Vec<_> = (0..most + 20).map(|_| Buffer::take(Size::Huge)).collect();
+        let of = |size| taken.iter().filter(|buffer| buffer.size() == size).count();
+        assert!(of(Size::Huge) <= Size::Huge.limit());
+        assert!(of(Size::Large) <= Size::Large.limit());
         assert_eq!(taken.last().map(Buffer::size), Some(Size::Small));
         drop(taken);
+        assert_eq!(Buffer::take(Size::Huge).size(), Size::Huge);
         assert_eq!(Buffer::take(Size::Large).size(), Size::Large);
     }
 
     #[test]
-    fn a_small_buffer_has_one_slot_and_a_large_one_sixteen() {
-        assert_eq!(Buffer::take(Size::Small).slots(), 1);
-        assert_eq!(Buffer::take(Size::Large).slots(), SLOTS);
+    fn what_is_kept_can_be_freed() {
+        drop(Buffer::take(Size::Huge));
+        let kept = |size: Size| SPARE.with(|spare| spare.borrow().0[size as usize].len());
+        assert_eq!(kept(Size::Huge), 1);
+        release_spare_buffers();
+        assert_eq!(kept(Size::Huge), 0);
+    }
+
+    #[test]
+    fn who_fills_a_buffer_gets_the_next_larger_one_and_who_no_longer_does_a_smaller_one() {
+        for size in [Size::Small, Size::Large, Size::Huge] {
+            let buffer = Buffer::take(size);
+            assert_eq!(buffer.len(), HEADROOM + buffer.slots() * SLOT + TAIL);
+            let filled = buffer.slots() * MAX_DATA;
+            assert!(Size::after(filled) > size || size == Size::Huge);
+            assert!(Size::after(filled - 1) == size);
+        }
+        assert_eq!(Size::after(1), Size::Small);
+        assert_eq!(Size::after(MAX_DATA), Size::Large);
     }
 }

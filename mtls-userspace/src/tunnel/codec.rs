@@ -70,6 +70,15 @@ impl Incoming {
         self.start == 0 && self.buffer.as_ref().is_some_and(|buffer| buffer.len() == self.end)
     }
 
+    /// The size of buffer that suits who has just received so many bytes.
+    pub fn size_after(&self, received: usize) -> Size {
+        let fitting = Size::after(received);
+        match &self.buffer {
+            Some(buffer) if self.is_full() => fitting.max(buffer.size().larger()),
+            _ => fitting,
+        }
+    }
+
     /// Waits for more bytes and receives them; 0 is the peer's end. Holds no buffer while it waits with none used.
     pub async fn fill(&mut self, tcp: &TcpStream) -> io::Result<usize> {
         self.release_if_empty();
@@ -105,10 +114,12 @@ impl Incoming {
             buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
-        if size == Size::Large && buffer.size() == Size::Small {
+        if size > buffer.size() {
             let mut larger = Buffer::take(size);
-            larger[..self.end].copy_from_slice(&buffer[..self.end]);
-            *buffer = larger;
+            if larger.size() > buffer.size() {
+                larger[..self.end].copy_from_slice(&buffer[..self.end]);
+                *buffer = larger;
+            }
         }
         &mut buffer[self.end..]
     }

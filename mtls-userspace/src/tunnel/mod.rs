@@ -60,7 +60,7 @@ pub use stream::{Departed, Stream};
 pub use tls::TlsConfigs;
 pub use verify::HandshakeFailure;
 
-pub(crate) use buffer::{Buffer, HEADROOM, SLOT, SLOTS, Size};
+pub(crate) use buffer::{Buffer, HEADROOM, SLOT, SLOTS, Size, release_spare_buffers};
 pub(crate) use codec::{Codec, MAX_RANGES, OUR_KEY_UPDATE, Pulled};
 pub(crate) use frame::MAX_DATA;
 pub(crate) use kernel::{receive_record, send_record};

@@ -10,7 +10,7 @@ use super::steady::Steady;
 use super::{End, Relay, Step, TURN};
 use crate::relay::pipe::Pipe;
 use crate::relay::yield_turn;
-use crate::tunnel::{MAX_RANGES, Pulled, RecordError, SLOT, Size, is_reset, send, send_now, send_vectored};
+use crate::tunnel::{MAX_DATA, MAX_RANGES, Pulled, RecordError, Size, is_reset, send, send_now, send_vectored};
 
 /// Taken from the kernel at once; one record in fact.
 const SPLICED: usize = 64 * 1024;
@@ -20,7 +20,8 @@ pub(super) struct Down {
     /// Ranges of the incoming buffer already delivered, and bytes of the next one.
     delivered: usize,
     offset: usize,
-    large: bool,
+    /// The buffer to receive into next, by what was received last.
+    size: Size,
     pub steady: Steady,
     /// A FIN waits for the ranges before it.
     pub fin: bool,
@@ -122,17 +123,17 @@ impl Relay<'_> {
             }
             ready!(readable).map_err(End::Io)?;
             let incoming = &mut self.codec.incoming;
-            let size = if self.down.large { Size::Large } else { Size::Small };
-            match incoming.receive(self.tunnel, size, limit) {
+            match incoming.receive(self.tunnel, self.down.size, limit) {
                 Ok(0) if self.codec.order.inbound_closed() => {
                     self.down.over = true;
                     return Poll::Pending;
                 }
                 Ok(0) => return Poll::Ready(Err(self.tunnel_end(End::Truncated))),
                 Ok(n) => {
-                    self.down.large = incoming.is_full() || n > SLOT;
-                    if self.down.large {
-                        self.down.steady.received(self.tunnel, n);
+                    self.down.size = incoming.size_after(n).min(self.progress.largest());
+                    if self.down.size > Size::Small {
+                        let most = self.progress.largest().slots() * MAX_DATA;
+                        self.down.steady.received(self.tunnel, n, most);
                     }
                     return Poll::Ready(Ok(()));
                 }

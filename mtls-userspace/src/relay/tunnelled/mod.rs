@@ -115,7 +115,7 @@ impl Relay<'_> {
         let ended = self.poll_ended(cx).map(Some);
         let bulk = self.progress.pace.moved(before, self.progress.moved());
         if bulk && ended.is_pending() && self.can_leave() {
-            self.progress.pace.ignore();
+            self.progress.pace.leave();
             return Poll::Ready(None);
         }
         ended

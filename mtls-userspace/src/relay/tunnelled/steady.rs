@@ -2,8 +2,9 @@
 //! them, not for each segment.
 //!
 //! A sender that paces (BBR) puts segments on the wire one at a time, and each would wake this thread, and after it the
-//! application, for 64 KiB. So a stream that was fast for a while gets a low-water mark (`SO_RCVLOWAT`); it is taken away
-//! when nothing was received for [`PAUSE`], so that the last bytes before a pause are late by no more than two of those.
+//! application, for 64 KiB. So a stream that was fast for a while gets a low-water mark (`SO_RCVLOWAT`), which follows its
+//! rate. It is taken away when nothing was received for twice the time that should have taken; so late are the last bytes
+//! before a pause at most.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -18,50 +19,72 @@ use crate::tunnel::low_water;
 /// Received this much in [`SHORT`]: fast, some 2 Gbit/s.
 const FAST: usize = 4 << 20;
 const SHORT: Duration = Duration::from_millis(16);
-/// What the kernel gathers before it wakes us.
-const BATCH: usize = 256 * 1024;
-const PAUSE: Duration = Duration::from_millis(1);
+/// What comes in such a time the kernel gathers before it wakes us, in whole steps.
+const GATHER: Duration = Duration::from_millis(2);
+const STEP: usize = 128 * 1024;
+/// The least that tokio's clock can tell.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
 
 /// How steadily a direction's bytes come. Owns nothing while it carries little.
 #[derive(Default)]
 pub(super) struct Steady(Option<Box<Pace>>);
 
 struct Pace {
-    /// Bytes since the last look.
-    seen: usize,
+    /// Bytes since the last look at the rate.
+    bytes: usize,
     looked: Instant,
-    /// There while the mark is set: the time to the next look.
-    mark: Option<Pin<Box<Sleep>>>,
+    mark: Option<Mark>,
+}
+
+struct Mark {
+    batch: Batch,
+    heard: Instant,
+    /// The time to the next look for a pause.
+    look: Pin<Box<Sleep>>,
 }
 
 impl Steady {
-    /// To be told of what was received, if it was much.
-    pub fn received(&mut self, tunnel: &TcpStream, n: usize) {
-        let pace =
-            self.0.get_or_insert_with(|| Box::new(Pace { seen: 0, looked: Instant::now(), mark: None }));
-        pace.seen += n;
-        if pace.mark.is_some() || pace.seen < FAST {
+    /// To be told of what was received, if it was much, and of the most that can be received at once.
+    pub fn received(&mut self, tunnel: &TcpStream, n: usize, most: usize) {
+        let now = Instant::now();
+        let pace = self.0.get_or_insert_with(|| Box::new(Pace { bytes: 0, looked: now, mark: None }));
+        if let Some(mark) = &mut pace.mark {
+            mark.heard = now;
+        }
+        pace.bytes += n;
+        if pace.bytes < FAST {
             return;
         }
-        let now = Instant::now();
-        let fast = now - pace.looked < SHORT;
-        (pace.seen, pace.looked) = (0, now);
-        if fast && low_water(tunnel, BATCH).is_ok() {
-            pace.mark = Some(Box::pin(tokio::time::sleep(PAUSE)));
+        let (came, took) = (pace.bytes, now - pace.looked);
+        (pace.bytes, pace.looked) = (0, now);
+        if took >= SHORT {
+            return;
+        }
+        let batch = Batch::of_rate(came, took, most);
+        match &mut pace.mark {
+            Some(mark) if mark.batch.bytes == batch.bytes => {}
+            // Fails only on a socket that is gone.
+            _ if low_water(tunnel, batch.bytes).is_err() => {}
+            Some(mark) => mark.batch = batch,
+            None => {
+                let look = Box::pin(tokio::time::sleep(batch.pause));
+                pace.mark = Some(Mark { batch, heard: now, look });
+            }
         }
     }
 
     /// To be asked whenever there is nothing to receive: takes the mark away after a pause, whereupon the kernel tells
     /// of what it has kept back.
     pub fn poll_pause(&mut self, tunnel: &TcpStream, cx: &mut Context<'_>) {
-        while let Some(Pace { seen, mark: Some(mark), .. }) = self.0.as_deref_mut() {
-            if mark.as_mut().poll(cx).is_pending() {
+        while let Some(Pace { mark: Some(mark), .. }) = self.0.as_deref_mut() {
+            if mark.look.as_mut().poll(cx).is_pending() {
                 return;
             }
-            if std::mem::take(seen) == 0 {
-                self.end(tunnel);
+            let over = mark.heard + mark.batch.pause;
+            if over > Instant::now() {
+                mark.look.as_mut().reset(over);
             } else {
-                mark.as_mut().reset(Instant::now() + PAUSE);
+                self.end(tunnel);
             }
         }
     }
@@ -72,6 +95,24 @@ impl Steady {
             // Fails only on a socket that is gone.
             let _ = low_water(tunnel, 1);
         }
+    }
+}
+
+/// What the kernel gathers, and the silence after which there is no more to be expected.
+#[derive(Debug, PartialEq)]
+struct Batch {
+    bytes: usize,
+    pause: Duration,
+}
+
+impl Batch {
+    /// For a stream that brought so many bytes in such a time.
+    fn of_rate(came: usize, took: Duration, most: usize) -> Self {
+        let rate = came as f64 / took.as_secs_f64();
+        let gathered = (rate * GATHER.as_secs_f64()) as usize;
+        let bytes = (gathered / STEP * STEP).clamp(STEP, most.max(STEP));
+        let pause = Duration::from_secs_f64(2.0 * bytes as f64 / rate);
+        Self { bytes, pause: pause.max(SHORTEST_PAUSE) }
     }
 }
 
@@ -106,12 +147,14 @@ mod tests {
         mark
     }
 
+    const MOST: usize = 8 * STEP;
+
     #[tokio::test]
     async fn a_fast_stream_wakes_us_for_batches_and_loses_nothing_in_a_pause() {
         let (mut near, far) = pair().await;
         let mut steady = Steady::default();
-        steady.received(&far, FAST);
-        assert_eq!(mark_of(&far), BATCH as libc::c_int);
+        steady.received(&far, FAST, MOST);
+        assert_eq!(mark_of(&far), MOST as libc::c_int);
         let mut bytes = [0; 32];
         assert!(far.try_read(&mut bytes).is_err(), "there is nothing yet");
         near.write_all(b"the last bytes").await.unwrap();
@@ -133,12 +176,12 @@ mod tests {
     async fn a_slow_stream_gets_no_mark_and_an_ended_one_keeps_none() {
         let (_near, far) = pair().await;
         let mut steady = Steady::default();
-        steady.received(&far, FAST / 2);
+        steady.received(&far, FAST / 2, MOST);
         tokio::time::sleep(SHORT * 2).await;
-        steady.received(&far, FAST / 2);
+        steady.received(&far, FAST / 2, MOST);
         assert_eq!(mark_of(&far), 1);
-        steady.received(&far, FAST);
-        assert_eq!(mark_of(&far), BATCH as libc::c_int);
+        steady.received(&far, FAST, MOST);
+        assert_eq!(mark_of(&far), MOST as libc::c_int);
         steady.end(&far);
         assert_eq!(mark_of(&far), 1);
         poll_fn(|cx| {
@@ -146,5 +189,17 @@ mod tests {
             Poll::Ready(())
         })
         .await;
+    }
+
+    #[test]
+    fn the_mark_follows_the_rate() {
+        let batch = |took| Batch::of_rate(FAST, took, MOST);
+        let of = |bytes, pause| Batch { bytes, pause };
+        assert_eq!(batch(SHORT), of(4 * STEP, 2 * GATHER));
+        assert_eq!(batch(SHORT / 2), of(MOST, 2 * GATHER));
+        assert_eq!(batch(SHORT / 4), of(MOST, GATHER));
+        assert_eq!(batch(SHORT / 32), of(MOST, SHORTEST_PAUSE));
+        assert_eq!(batch(Duration::ZERO), of(MOST, SHORTEST_PAUSE));
+        assert_eq!(Batch::of_rate(FAST, SHORT, STEP / 2).bytes, STEP);
     }
 }

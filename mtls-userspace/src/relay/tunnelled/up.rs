@@ -24,8 +24,8 @@ pub(super) struct Up {
     /// What is sealed in `buffer` and not yet sent.
     start: usize,
     end: usize,
-    /// The last read filled its buffer: take a large one next.
-    large: bool,
+    /// The buffer to take next, by what the last read brought.
+    size: Size,
     /// Bytes moved in this turn.
     pub turn: usize,
     /// Handing this direction to the kernel was tried.
@@ -119,7 +119,7 @@ impl Relay<'_> {
 
     /// Reads what the application has written, and seals it. Says whether there was anything.
     fn read_app(&mut self) -> Result<bool, End> {
-        let mut buffer = Buffer::take(if self.up.large { Size::Large } else { Size::Small });
+        let mut buffer = Buffer::take(self.up.size);
         let slots = buffer.slots();
         let data_at = self.codec.data_at();
         let received = match slots {
@@ -140,7 +140,7 @@ impl Relay<'_> {
             Err(error) if is_reset(&error) => return Err(End::AppReset),
             Err(error) => return Err(End::Io(error)),
         };
-        self.up.large = received >= MAX_DATA;
+        self.up.size = Size::after(received).min(self.progress.largest());
         self.up.start = self.codec.seal_head(&mut buffer[..HEADROOM]).map_err(End::Tunnel)?;
         let mut end = HEADROOM;
         let mut left = received;
