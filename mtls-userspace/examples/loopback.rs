@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use mtls::addr::OriginalSrc;
 use mtls::identity::{Identity, SpiffeId, Svid, TrustBundle};
-use mtls::relay::{End, Progress, plain, tunnelled};
+use mtls::relay::{End, Progress, Unwritten, plain, tunnelled};
 use mtls::tunnel::{Acceptor, Config, Connector, Open, Target};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, SanType};
 use rustls_pki_types::PrivatePkcs8KeyDer;
@@ -304,7 +304,7 @@ async fn forward(listener: TcpListener, to: SocketAddr, options: Options) -> Res
         tokio::spawn(async move {
             a.set_nodelay(true)?;
             let b = dial(to, &options).await?;
-            plain(&a, &b, &Progress::default(), std::future::pending()).await;
+            plain(&a, &b, Unwritten::default(), &Progress::default(), std::future::pending()).await;
             Result::Ok(())
         });
     }

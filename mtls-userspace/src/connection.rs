@@ -27,7 +27,7 @@ use crate::observe::{Connection, Direction, Flow, Party, Path, Refusal};
 use crate::outcome;
 use crate::plaintext::Seen;
 use crate::policy::{Authorized, Peer, Request};
-use crate::relay::{self, App, End, Growing, Laned, Relayed, Report};
+use crate::relay::{self, App, End, Growing, Laned, Relayed, Report, Unwritten};
 use crate::tunnel::{self, Carried, Lane};
 use crate::unplaced;
 use crate::worker::{Pod, Worker};
@@ -57,10 +57,7 @@ pub fn outbound(
             return reset(app);
         };
         match far {
-            Far::Plain(far) => match plain(&worker, &app, &far, &open).await {
-                Relayed::Ended(report) => _ = finish(open, report),
-                Relayed::Bulk => bulk::plain(&worker, working, app, far, open),
-            },
+            Far::Plain(far) => plain(&worker, working, app, far, open).await,
             Far::Tunnel(Carried::Alone(mut stream)) => match alone(&worker, &app, &mut stream, &open).await {
                 Relayed::Ended(report) => _ = finish(open, report),
                 Relayed::Bulk => bulk::outbound(&worker, working, app, stream, open),
@@ -127,14 +124,17 @@ fn alone<'a>(
 }
 
 /// Relays between two plain sockets.
-fn plain<'a>(
-    worker: &'a Worker,
-    app: &'a TcpStream,
-    far: &'a TcpStream,
-    open: &'a Connection,
-) -> impl Future<Output = Relayed> + Send + 'a {
+async fn plain(worker: &Worker, working: Working, a: TcpStream, b: TcpStream, open: Connection) {
     worker.bulk.watch(open.progress());
-    async move { relay::plain_while_light(app, far, open.progress(), pin!(stopped(open))).await }
+    let mut unwritten = Unwritten::default();
+    let relayed = {
+        let stopping = pin!(stopped(&open));
+        relay::plain_while_light(&a, &b, &mut unwritten, open.progress(), stopping).await
+    };
+    match relayed {
+        Relayed::Ended(report) => _ = finish(open, report),
+        Relayed::Bulk => bulk::plain(worker, working, (a, b), unwritten, open),
+    }
 }
 
 /// A tunnel of its own for a connection that needs more than its lane.
@@ -293,10 +293,7 @@ pub async fn plaintext(worker: Arc<Worker>, pod: Arc<Pod>, working: Working, cli
     let Some((open, app)) = Box::pin(open_plaintext(&worker, &pod, &client)).await else {
         return reset(client);
     };
-    match plain(&worker, &client, &app, &open).await {
-        Relayed::Ended(report) => _ = finish(open, report),
-        Relayed::Bulk => bulk::plain(&worker, working, client, app, open),
-    }
+    plain(&worker, working, client, app, open).await;
 }
 
 async fn open_plaintext(worker: &Worker, pod: &Pod, client: &TcpStream) -> Option<(Connection, TcpStream)> {

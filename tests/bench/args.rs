@@ -115,7 +115,8 @@ impl Args {
     }
 
     pub fn wants_path(&self, name: &str) -> bool {
-        self.path.is_empty() || self.path.iter().any(|part| match part.strip_prefix('=') {
+        self.path.is_empty()
+            || self.path.iter().any(|part| match part.strip_prefix('=') {
                 Some(whole) => name == whole,
                 None => name.contains(part.as_str()),
             })

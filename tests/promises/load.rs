@@ -175,6 +175,31 @@ fn what_moves_much_goes_on_in_nobodys_way_and_its_tunnel_comes_back() -> Result<
 }
 
 #[test]
+fn a_tunnel_has_room_for_what_a_fast_stream_sends_in_a_round_trip() -> Result<()> {
+    needs!();
+    const LEAST: u64 = 1 << 20;
+    let scene = Scene::new()?;
+    let _sum = scene.server.serve(&["sum", "--listen", "[::]:7001"])?;
+    let to = scene.server.addr(7001).to_string();
+    let upload = ["dial", "upload", &to, "--bytes", "150000000"];
+    let uploads: Vec<_> = (0..4).map(|_| scene.far.start_app(&upload)).collect::<Result<_>>()?;
+    for upload in uploads {
+        let sent = upload.finish()?.success()?.json()?;
+        assert!(sent["match"] == true, "{sent}");
+    }
+    // The tunnels stay open, idle.
+    let sockets = scene.far.run("ss", &["-tinH", "state", "established", "dport = :15008"])?.stdout;
+    let value = |line: &str, name: &str| -> Option<u64> {
+        line.split_whitespace().find_map(|word| word.strip_prefix(name)?.parse().ok())
+    };
+    let busy = |line: &&str| value(line, "bytes_sent:").is_some_and(|sent| sent > 50_000_000);
+    let windows: Vec<_> = sockets.lines().filter(busy).map(|line| value(line, "snd_wnd:")).collect();
+    assert!(!windows.is_empty(), "{sockets}");
+    assert!(windows.iter().all(|window| *window >= Some(LEAST)), "{windows:?}\n{sockets}");
+    Ok(())
+}
+
+#[test]
 fn nothing_is_shared_where_that_is_turned_off() -> Result<()> {
     needs!();
     let mut scene = Scene::new()?;

@@ -15,17 +15,23 @@ use super::inbound::serve;
 use super::{finish, stopped, stopped_by_either};
 use crate::drain::Working;
 use crate::observe::Connection;
-use crate::relay::{self, End, Report};
+use crate::relay::{self, End, Report, Unwritten};
 use crate::tunnel::{ServerTunnel, Stream};
 use crate::worker::{Pod, Worker};
 
 /// Two plain sockets.
-pub(super) fn plain(worker: &Worker, working: Working, a: TcpStream, b: TcpStream, open: Connection) {
+pub(super) fn plain(
+    worker: &Worker,
+    working: Working,
+    (a, b): (TcpStream, TcpStream),
+    unwritten: Unwritten,
+    open: Connection,
+) {
     let Some(((a, b), open)) = both(depart(a), || depart(b), open) else { return };
     worker.hand_over_bulk(open.flow().direction, async move {
         let _working = working;
         let Some(((a, b), open)) = both(a(), b, open) else { return };
-        let report = relay::plain(&a, &b, open.progress(), pin!(stopped(&open))).await;
+        let report = relay::plain(&a, &b, unwritten, open.progress(), pin!(stopped(&open))).await;
         finish(open, report);
     });
 }

@@ -24,7 +24,7 @@ use pace::Pace;
 
 pub use laned::{App, Counts, Growing, Laned, laned};
 pub(crate) use pipe::Pipe;
-pub use plain::{plain, plain_while_light};
+pub use plain::{Unwritten, plain, plain_while_light};
 pub use tunnelled::{tunnelled, tunnelled_while_light};
 
 /// Application bytes moved so far, as seen from the connection's source; readable from anywhere while the relay runs.
@@ -171,7 +171,7 @@ pub enum End {
 pub enum Relayed {
     Ended(Report),
     /// It moves so much that others should not have to wait behind it. Nothing has ended and nothing is lost: it is to be
-    /// relayed again, elsewhere.
+    /// relayed again, elsewhere, with what it has read and not yet written.
     Bulk,
 }
 
@@ -206,7 +206,8 @@ mod tests {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let socket = tokio::net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let progress = Progress::default();
-        let future = plain(&socket, &socket, &progress, std::future::pending());
+        let mut unwritten = Unwritten::default();
+        let future = plain_while_light(&socket, &socket, &mut unwritten, &progress, std::future::pending());
         assert!(size_of_val(&future) <= 400, "{}", size_of_val(&future));
         let size = tunnelled::size_of_future();
         assert!(size <= 400, "{size}");

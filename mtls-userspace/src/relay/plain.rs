@@ -9,10 +9,14 @@ use std::task::{Context, Poll, ready};
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
-use crate::tunnel::{Buffer, Size, failed, finish_on_close, is_reset, receive, reset_on_close, send};
+use crate::tunnel::{Buffer, Size, Unsent, failed, finish_on_close, is_reset, receive, reset_on_close, send};
 
 use super::watch::Watch;
 use super::{End, Progress, Relayed, Report, TURN};
+
+/// What a connection has read and could not write yet when it goes on elsewhere: from `a` to `b`, and back.
+#[derive(Default)]
+pub struct Unwritten(Option<Box<(Option<Unsent>, Option<Unsent>)>>);
 
 /// Relays until both directions have ended, one side is reset, or `stop` resolves. Until a clean end both sockets are
 /// marked to be reset when they are closed, by the caller who drops them right after or by the end of the process: an
@@ -20,20 +24,23 @@ use super::{End, Progress, Relayed, Report, TURN};
 pub async fn plain(
     a: &TcpStream,
     b: &TcpStream,
+    mut unwritten: Unwritten,
     progress: &Progress,
     mut stop: impl Future<Output = ()> + Unpin,
 ) -> Report {
     loop {
-        if let Relayed::Ended(report) = plain_while_light(a, b, progress, &mut stop).await {
+        if let Relayed::Ended(report) = plain_while_light(a, b, &mut unwritten, progress, &mut stop).await {
             return report;
         }
     }
 }
 
-/// As [`plain`], but of a connection whose [pace is watched](Progress::watch_pace) only as long as it can stay among others.
+/// As [`plain`], but of a connection whose [pace is watched](Progress::watch_pace) only as long as it can stay among others;
+/// what it then leaves unwritten goes along.
 pub async fn plain_while_light(
     a: &TcpStream,
     b: &TcpStream,
+    unwritten: &mut Unwritten,
     progress: &Progress,
     mut stop: impl Future<Output = ()> + Unpin,
 ) -> Relayed {
@@ -43,6 +50,9 @@ pub async fn plain_while_light(
         let mut watch = None;
         let largest = progress.largest();
         let (mut forth, mut back) = (Copy::new(a, b, largest), Copy::new(b, a, largest));
+        if let Some(held) = unwritten.0.take() {
+            (forth.held, back.held) = *held;
+        }
         std::future::poll_fn(|cx| {
             if Pin::new(&mut stop).poll(cx).is_ready() {
                 return Poll::Ready(Some(End::Revoked));
@@ -56,6 +66,9 @@ pub async fn plain_while_light(
             }
             let bulk = progress.pace.moved(before, progress.moved());
             if bulk && polled.is_pending() && forth.can_leave() && back.can_leave() {
+                if forth.held.is_some() || back.held.is_some() {
+                    unwritten.0 = Some(Box::new((forth.held.take(), back.held.take())));
+                }
                 progress.pace.leave();
                 return Poll::Ready(None);
             }
@@ -126,9 +139,7 @@ impl Fault {
 struct Copy<'a> {
     source: &'a TcpStream,
     sink: &'a TcpStream,
-    buffer: Option<Buffer>,
-    start: usize,
-    end: usize,
+    held: Option<Unsent>,
     /// The buffer to take next, by what the last read brought; at most `largest`.
     size: Size,
     largest: Size,
@@ -145,9 +156,7 @@ impl<'a> Copy<'a> {
         Self {
             source,
             sink,
-            buffer: None,
-            start: 0,
-            end: 0,
+            held: None,
             size: Size::Small,
             largest,
             ended: false,
@@ -157,14 +166,14 @@ impl<'a> Copy<'a> {
         }
     }
 
-    /// Whether all there is to know about this direction is in its sockets.
+    /// Whether another relay can go on with it.
     fn can_leave(&self) -> bool {
-        self.buffer.is_none() && !self.dead && !self.source_failed
+        !self.dead && !self.source_failed
     }
 
     /// Whether the source is being read, so that its reset is met there.
     fn reads(&self) -> bool {
-        self.buffer.is_none() && !self.ended && !self.dead
+        self.held.is_none() && !self.ended && !self.dead
     }
 
     fn poll(
@@ -182,7 +191,7 @@ impl<'a> Copy<'a> {
                 if opposite.ended {
                     return Poll::Ready(Err(fault));
                 }
-                (self.buffer, self.dead, opposite.source_failed) = (None, true, true);
+                (self.held, self.dead, opposite.source_failed) = (None, true, true);
                 return Poll::Pending;
             }
             if self.ended {
@@ -203,8 +212,7 @@ impl<'a> Copy<'a> {
                 Ok(n) => {
                     self.size = Size::after(n).min(self.largest);
                     self.turn += n;
-                    (self.start, self.end) = (0, n);
-                    self.buffer = Some(buffer);
+                    self.held = Some(Unsent { buffer, start: 0, end: n });
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     drop(buffer);
@@ -217,11 +225,11 @@ impl<'a> Copy<'a> {
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>, moved: &impl Fn(usize)) -> Poll<Result<(), Fault>> {
-        let Some(buffer) = &self.buffer else { return Poll::Ready(Ok(())) };
-        while self.start < self.end {
-            match send(self.sink, &buffer[self.start..self.end]) {
+        let Some(Unsent { buffer, start, end }) = &mut self.held else { return Poll::Ready(Ok(())) };
+        while start < end {
+            match send(self.sink, &buffer[*start..*end]) {
                 Ok(n) => {
-                    self.start += n;
+                    *start += n;
                     moved(n);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
@@ -231,7 +239,7 @@ impl<'a> Copy<'a> {
                 Err(error) => return Poll::Ready(Err(Fault::Io(error))),
             }
         }
-        self.buffer = None;
+        self.held = None;
         Poll::Ready(Ok(()))
     }
 }

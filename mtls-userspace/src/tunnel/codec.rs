@@ -129,6 +129,16 @@ impl Incoming {
         self.buffer.as_ref().is_some_and(|buffer| !buffer.ranges.is_empty())
     }
 
+    /// Forgets plaintext that was delivered: so many pieces, and so many bytes of the next one.
+    pub fn delivered(&mut self, pieces: usize, bytes: usize) {
+        let Some(buffer) = &mut self.buffer else { return };
+        buffer.ranges.drain(..pieces);
+        if let Some((at, length)) = buffer.ranges.first_mut() {
+            *at += bytes as u32;
+            *length -= bytes as u32;
+        }
+    }
+
     /// Throws away the plaintext found; returns how many pieces it was.
     pub fn discard(&mut self) -> usize {
         let ranges = self.buffer.as_mut().map(|buffer| &mut buffer.ranges);
@@ -141,6 +151,13 @@ impl Incoming {
             (self.buffer, self.start, self.end) = (None, 0, 0);
         }
     }
+}
+
+/// Bytes of a buffer that wait to be sent.
+pub(crate) struct Unsent {
+    pub buffer: Buffer,
+    pub start: usize,
+    pub end: usize,
 }
 
 /// What a batch of records ended with.
@@ -167,6 +184,8 @@ pub(crate) struct Codec {
     schedule: Schedule,
     pub order: Order,
     pub incoming: Incoming,
+    /// There while the stream goes from one relay to another.
+    pub unsent: Option<Box<Unsent>>,
     /// The client's OPEN while it waits for the first bytes to travel with.
     open: Option<Box<Open>>,
     /// Our direction becomes raw ahead of our next data.
@@ -200,6 +219,7 @@ impl Codec {
             schedule,
             order: Order::of_version(role, version),
             incoming,
+            unsent: None,
             open: None,
             raw_owed: false,
             raw_after: config.raw_after.unwrap_or(u64::MAX),

@@ -61,7 +61,7 @@ pub use tls::TlsConfigs;
 pub use verify::HandshakeFailure;
 
 pub(crate) use buffer::{Buffer, HEADROOM, SLOT, SLOTS, Size, release_spare_buffers};
-pub(crate) use codec::{Codec, MAX_RANGES, OUR_KEY_UPDATE, Pulled};
+pub(crate) use codec::{Codec, MAX_RANGES, OUR_KEY_UPDATE, Pulled, Unsent};
 pub(crate) use frame::MAX_DATA;
 pub(crate) use kernel::{receive_record, send_record};
 pub(crate) use record::TRAILER as RECORD_END;
@@ -94,9 +94,9 @@ pub struct Config {
     /// Longest wait between TCP retransmissions: fifteen of them without an answer end a tunnel to a dead peer, with
     /// two seconds after about half a minute. `None` leaves it to the kernel; those before 6.15 know nothing else.
     pub retransmit: Option<Duration>,
-    /// A tunnel's receive buffer, which bounds how far a writer runs ahead of a reader that sleeps; `None` leaves it
+    /// A tunnel's receive window, which bounds how far a writer runs ahead of a reader that sleeps; `None` leaves it
     /// to the kernel's tuning. 2 MiB are 16 Gbit/s at a millisecond's round trip.
-    pub receive_buffer: Option<usize>,
+    pub receive_window: Option<usize>,
     /// Congestion control of the tunnels' connections; `None` leaves the host's.
     pub congestion: Option<String>,
     /// Whether streams that exchange little share the tunnels from one pod to another.
@@ -174,7 +174,7 @@ impl Default for Config {
             idle_client: Duration::from_secs(60),
             idle_server: Duration::from_secs(90),
             retransmit: Some(Duration::from_secs(2)),
-            receive_buffer: Some(2 << 20),
+            receive_window: Some(2 << 20),
             congestion: None,
             share: true,
             idle_per_destination: 64,

@@ -179,8 +179,11 @@ pub(crate) fn prepare_tunnel(socket: &TcpStream, config: &Config) -> io::Result<
         // A kernel that has no such option keeps its longer waits.
         let _ = set_rto_max(&socket, longest);
     }
-    if let Some(bytes) = config.receive_buffer {
-        bound_receive(&socket, bytes)?;
+    if let Some(bytes) = config.receive_window {
+        // Half of a buffer is the kernel's own, as it reckons.
+        bound_receive(&socket, 2 * bytes)?;
+        // The handshake has left the window at what the host's default buffer allows, and a fixed one is not tuned.
+        set_number(&*socket, libc::IPPROTO_TCP, libc::TCP_WINDOW_CLAMP, bytes)?;
     }
     socket.set_tcp_keepalive(
         &TcpKeepalive::new()
@@ -230,11 +233,13 @@ fn set_number(
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Fixes the receive buffer; a window clamp alone is undone by the kernel's tuning. Where the host allows less, less
-/// it is.
+/// Fixes the receive buffer; a window clamp alone is undone by the kernel's tuning.
 pub(crate) fn bound_receive(socket: &socket2::Socket, bytes: usize) -> io::Result<()> {
     // The kernel doubles what is asked for, to cover its own overhead.
-    socket.set_recv_buffer_size(bytes / 2)
+    let asked = bytes / 2;
+    // With CAP_NET_ADMIN also beyond net.core.rmem_max, which is 208 KiB on most hosts; without it, what that allows.
+    set_number(socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, asked)
+        .or_else(|_| socket.set_recv_buffer_size(asked))
 }
 
 /// Whether an error on a socket says that its other end is gone.

@@ -3,7 +3,7 @@
 use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
-use mtls::relay::{End, Progress, plain};
+use mtls::relay::{End, Progress, Unwritten, plain};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -155,8 +155,9 @@ async fn through_plain() -> (TcpStream, TcpStream, tokio::task::JoinHandle<End>)
     let (a, _) = left.accept().await.unwrap();
     let b = TcpStream::connect(right_address).await.unwrap();
     let (far, _) = right.accept().await.unwrap();
-    let relay =
-        tokio::spawn(async move { plain(&a, &b, &Progress::default(), std::future::pending()).await.end });
+    let relay = tokio::spawn(async move {
+        plain(&a, &b, Unwritten::default(), &Progress::default(), std::future::pending()).await.end
+    });
     (near, far, relay)
 }
 

@@ -6,7 +6,7 @@ use rand::{Rng, RngCore, SeedableRng};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::world::{Agents, soon};
+use crate::world::{Agents, alone, soon};
 
 both_ways! {
     a_question_and_its_answer,
@@ -188,6 +188,52 @@ async fn a_slow_reader_slows_its_writer_and_loses_nothing(agents: Agents) {
         got += n;
     }
     assert_eq!(got, written);
+}
+
+/// Most of the time a stream that moves much holds what it can't write yet: it must leave all the same, and take that along.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_moves_on_while_its_reader_is_slower_than_its_writer() {
+    const TOTAL: usize = 24 << 20;
+    const PIECE: usize = 1 << 16;
+    for up in [true, false] {
+        let mut agents = Agents::with(alone()).await;
+        agents.wander();
+        let (near, far) = soon(agents.connect()).await;
+        let (mut from, mut to) = if up { (near, far) } else { (far, near) };
+        let writer = tokio::spawn(async move {
+            write_random(&mut from, 5, TOTAL).await;
+            from
+        });
+        // Until the writer waits.
+        tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+        let before = agents.departures();
+        let block = noise(5);
+        let mut buffer = vec![0; PIECE];
+        for got in (0..TOTAL / 2).step_by(PIECE) {
+            soon(to.read_exact(&mut buffer)).await.unwrap();
+            assert!(buffer == block[got % block.len()..][..PIECE], "bytes differ behind {got}");
+            if got % (1 << 20) == 0 {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        }
+        let after = agents.departures();
+        for end in [0, 1] {
+            assert!(after[end] >= before[end] + 4, "up: {up}, end {end}: {before:?}, then {after:?}");
+        }
+        let mut rest = Vec::new();
+        tokio::join!(async { soon(writer).await.unwrap() }, async {
+            rest.resize(TOTAL / 2, 0);
+            soon(to.read_exact(&mut rest)).await.unwrap();
+        });
+        let at = TOTAL / 2;
+        let differs = (0..at).find(|i| rest[*i] != block[(at + i) % block.len()]);
+        assert_eq!(differs, None, "behind {at}");
+        drop(to);
+        for reports in [&mut agents.client_reports, &mut agents.server_reports] {
+            let report = soon(reports.recv()).await.unwrap();
+            assert_eq!(report.sent.max(report.received), TOTAL as u64);
+        }
+    }
 }
 
 async fn many_connections_at_once(agents: Agents) {

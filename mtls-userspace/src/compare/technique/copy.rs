@@ -6,7 +6,7 @@ use anyhow::Result;
 use tokio::net::TcpStream;
 
 use super::{Ends, OnAccept, Technique, ended, onward};
-use crate::relay::{Progress, plain};
+use crate::relay::{Progress, Unwritten, plain};
 
 pub(super) static TECHNIQUE: Copy = Copy;
 
@@ -31,5 +31,5 @@ impl Technique for Copy {
 }
 
 async fn both_ways(from: TcpStream, to: TcpStream) -> Result<()> {
-    ended(plain(&from, &to, &Progress::default(), std::future::pending()).await.end)
+    ended(plain(&from, &to, Unwritten::default(), &Progress::default(), std::future::pending()).await.end)
 }

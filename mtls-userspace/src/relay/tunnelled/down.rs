@@ -10,7 +10,9 @@ use super::steady::Steady;
 use super::{End, Relay, Step, TURN};
 use crate::relay::pipe::Pipe;
 use crate::relay::yield_turn;
-use crate::tunnel::{MAX_DATA, MAX_RANGES, Pulled, RecordError, Size, is_reset, send, send_now, send_vectored};
+use crate::tunnel::{
+    MAX_DATA, MAX_RANGES, Pulled, RecordError, Size, is_reset, send, send_now, send_vectored,
+};
 
 /// Taken from the kernel at once; one record in fact.
 const SPLICED: usize = 64 * 1024;
@@ -18,8 +20,8 @@ const SPLICED: usize = 64 * 1024;
 #[derive(Default)]
 pub(super) struct Down {
     /// Ranges of the incoming buffer already delivered, and bytes of the next one.
-    delivered: usize,
-    offset: usize,
+    pub delivered: usize,
+    pub offset: usize,
     /// The buffer to receive into next, by what was received last.
     size: Size,
     pub steady: Steady,
@@ -46,10 +48,9 @@ struct InKernel {
 }
 
 impl Down {
-    /// Whether nothing of this direction is here.
+    /// Whether another relay can go on with it.
     pub fn can_leave(&self) -> bool {
-        let begun = self.delivered > 0 || self.offset > 0 || self.fin;
-        !begun && !self.dead && !self.over && self.kernel.is_none()
+        !self.fin && !self.dead && !self.over && self.kernel.is_none()
     }
 
     /// Whether something waits in a pipe for the application, so that the tunnel is not read.

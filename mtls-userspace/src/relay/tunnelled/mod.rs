@@ -54,12 +54,13 @@ pub async fn tunnelled_while_light(
     reset_on_close(app);
     let end = {
         let (tunnel, codec) = stream.split();
+        let up = Up::resume(codec.unsent.take());
         let mut relay = Relay {
             app,
             tunnel,
             codec,
             progress,
-            up: Up::default(),
+            up,
             down: Down::default(),
             app_failed: false,
             tunnel_failed: None,
@@ -108,20 +109,28 @@ struct Relay<'a> {
 type Step = Poll<Result<(), End>>;
 
 impl Relay<'_> {
-    /// Ready without an end when the connection should go on elsewhere.
+    /// Ready without an end when the connection is to go on elsewhere.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<End>> {
         (self.up.turn, self.down.turn) = (0, 0);
         let before = self.progress.moved();
         let ended = self.poll_ended(cx).map(Some);
         let bulk = self.progress.pace.moved(before, self.progress.moved());
         if bulk && ended.is_pending() && self.can_leave() {
-            self.progress.pace.leave();
+            self.leave();
             return Poll::Ready(None);
         }
         ended
     }
 
-    /// Whether all there is to know about the connection is in its sockets and its codec.
+    /// Leaves all there is to know about the connection in its sockets and its codec.
+    fn leave(&mut self) {
+        self.codec.unsent = self.up.leave();
+        self.codec.incoming.delivered(self.down.delivered, self.down.offset);
+        self.progress.pace.leave();
+    }
+
+    /// Whether another relay can go on with the connection. It may hold what it can't write yet: one that moves much does
+    /// most of the time.
     fn can_leave(&self) -> bool {
         let failed = self.app_failed || self.tunnel_failed.is_some() || self.rejection.is_some();
         !failed && self.up.can_leave() && self.down.can_leave()

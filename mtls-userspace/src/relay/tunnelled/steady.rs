@@ -45,6 +45,8 @@ struct Mark {
 
 impl Steady {
     /// To be told of what was received, if it was much, and of the most that can be received at once.
+    ///
+    /// Where the kernel refuses a mark, which it does only of a socket that is gone, there is nothing to be late.
     pub fn received(&mut self, tunnel: &TcpStream, n: usize, most: usize) {
         let now = Instant::now();
         let pace = self.0.get_or_insert_with(|| Box::new(Pace { bytes: 0, looked: now, mark: None }));
@@ -63,10 +65,12 @@ impl Steady {
         let batch = Batch::of_rate(came, took, most);
         match &mut pace.mark {
             Some(mark) if mark.batch.bytes == batch.bytes => {}
-            // Fails only on a socket that is gone.
-            _ if low_water(tunnel, batch.bytes).is_err() => {}
-            Some(mark) => mark.batch = batch,
+            Some(mark) => {
+                let _ = low_water(tunnel, batch.bytes);
+                mark.batch = batch;
+            }
             None => {
+                let _ = low_water(tunnel, batch.bytes);
                 let look = Box::pin(tokio::time::sleep(batch.pause));
                 pace.mark = Some(Mark { batch, heard: now, look });
             }

@@ -7,7 +7,8 @@ use super::{End, Relay, Step, TURN};
 use crate::relay::pipe::Pipe;
 use crate::relay::yield_turn;
 use crate::tunnel::{
-    Buffer, HEADROOM, MAX_DATA, RECORD_END, SLOT, SLOTS, Size, is_reset, receive, receive_vectored, send,
+    Buffer, HEADROOM, MAX_DATA, RECORD_END, SLOT, SLOTS, Size, Unsent, is_reset, receive, receive_vectored,
+    send,
 };
 
 /// What a last DATA record and a FIN need besides the data.
@@ -44,9 +45,22 @@ pub(super) struct InKernel {
 }
 
 impl Up {
-    /// Whether nothing of this direction is here.
+    /// Goes on with what another relay has left.
+    pub fn resume(unsent: Option<Box<Unsent>>) -> Self {
+        let Some(unsent) = unsent else { return Self::default() };
+        let Unsent { buffer, start, end } = *unsent;
+        Self { buffer: Some(buffer), start, end, ..Self::default() }
+    }
+
+    /// What is to be sent by another relay.
+    pub fn leave(&mut self) -> Option<Box<Unsent>> {
+        let buffer = self.buffer.take()?;
+        Some(Box::new(Unsent { buffer, start: self.start, end: self.end }))
+    }
+
+    /// Whether another relay can go on with it.
     pub fn can_leave(&self) -> bool {
-        self.buffer.is_none() && self.kernel.is_none()
+        self.kernel.is_none()
     }
 
     /// Whether something waits to be sent, so that the application is not read.
