@@ -138,7 +138,8 @@ async fn random_writes_arrive_unchanged_both_ways() {
 /// their own from the start, and with one that they got when they left their lane.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_that_moves_on_loses_nothing_and_may_still_become_raw() {
-    const TOTAL: usize = 2 << 20;
+    // More than may be under way when one end hears that the other goes raw.
+    const TOTAL: usize = 8 << 20;
     let never = Way { asks: [false, false], kernel: [false, false] };
     // Once the kernel carries a direction, nothing leaves any more; that may come before the first departure.
     let mut before_the_kernel = [0; 2];
