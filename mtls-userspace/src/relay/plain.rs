@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
-use crate::tunnel::{Buffer, Size, Unsent, failed, finish_on_close, is_reset, receive, reset_on_close, send};
+use crate::tunnel::{Buffer, Size, Unsent, failed, finish_on_close, is_reset, receive, reset_on_close};
 
 use super::watch::Watch;
 use super::{End, Progress, Relayed, Report, TURN};
@@ -225,20 +225,11 @@ impl<'a> Copy<'a> {
     }
 
     fn poll_flush(&mut self, cx: &mut Context<'_>, moved: &impl Fn(usize)) -> Poll<Result<(), Fault>> {
-        let Some(Unsent { buffer, start, end }) = &mut self.held else { return Poll::Ready(Ok(())) };
-        while start < end {
-            match send(self.sink, &buffer[*start..*end]) {
-                Ok(n) => {
-                    *start += n;
-                    moved(n);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    ready!(self.sink.poll_write_ready(cx)).map_err(Fault::Io)?;
-                }
-                Err(error) if is_reset(&error) => return Poll::Ready(Err(Fault::SinkReset)),
-                Err(error) => return Poll::Ready(Err(Fault::Io(error))),
-            }
-        }
+        let Some(held) = &mut self.held else { return Poll::Ready(Ok(())) };
+        ready!(held.poll_send(self.sink, cx, moved)).map_err(|error| match error {
+            error if is_reset(&error) => Fault::SinkReset,
+            error => Fault::Io(error),
+        })?;
         self.held = None;
         Poll::Ready(Ok(()))
     }

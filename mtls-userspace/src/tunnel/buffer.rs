@@ -64,13 +64,18 @@ impl Size {
     /// The size that suits who received so many bytes at once.
     pub fn after(received: usize) -> Self {
         match received {
-            n if n < MAX_DATA * Self::Small.slots() => Self::Small,
-            n if n < MAX_DATA * Self::Large.slots() => Self::Large,
+            n if n < Self::Small.content() => Self::Small,
+            n if n < Self::Large.content() => Self::Large,
             _ => Self::Huge,
         }
     }
 
-    pub const fn slots(self) -> usize {
+    /// Bytes of an application's that it takes for sending.
+    pub const fn content(self) -> usize {
+        self.slots() * MAX_DATA
+    }
+
+    const fn slots(self) -> usize {
         match self {
             Self::Small => 1,
             Self::Large => 16,

@@ -12,6 +12,7 @@ use crate::identity::{Identity, Svid, TrustBundle};
 use crate::tunnel::{FrameError, TlsConfigs, handshake};
 
 use super::*;
+use crate::tunnel::buffer::{Buffer, Size};
 
 const TICKET: [u8; 22] = [4, 0, 0, 18, 0, 0, 1, 0, 0, 0, 0, 1, 1, 0, 0, 4, 1, 2, 3, 4, 0, 0];
 

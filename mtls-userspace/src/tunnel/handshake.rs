@@ -13,7 +13,8 @@ use tokio::net::TcpStream;
 
 use crate::identity::Identity;
 
-use super::codec::{Codec, Incoming};
+use super::codec::Codec;
+use super::incoming::Incoming;
 use super::order::{Role, Version};
 use super::peers::Peer;
 use super::record::{HEADER, MAX_RECORD, RecordError};

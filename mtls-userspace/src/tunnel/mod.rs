@@ -31,6 +31,7 @@ mod connector;
 mod frame;
 mod gate;
 mod handshake;
+mod incoming;
 mod kernel;
 mod key;
 mod order;
@@ -43,6 +44,7 @@ mod socket;
 mod stream;
 mod sweep;
 mod tls;
+mod unsent;
 mod verify;
 
 pub use acceptor::{Acceptor, Asked, Request, ServerTunnel};
@@ -61,8 +63,9 @@ pub use tls::TlsConfigs;
 pub use verify::HandshakeFailure;
 
 pub(crate) use buffer::{Buffer, HEADROOM, SLOT, SLOTS, Size, release_spare_buffers};
-pub(crate) use codec::{Codec, MAX_RANGES, OUR_KEY_UPDATE, Pulled, Unsent};
+pub(crate) use codec::{Codec, MAX_RANGES, OUR_KEY_UPDATE, Pulled};
 pub(crate) use frame::MAX_DATA;
+pub(crate) use incoming::Incoming;
 pub(crate) use kernel::{receive_record, send_record};
 pub(crate) use record::TRAILER as RECORD_END;
 pub(crate) use shared::{Ending, Failure, Heard, LaneState, Sink};
@@ -70,6 +73,7 @@ pub(crate) use socket::{
     UNSENT, accepts_congestion, bound_receive, connect, failed, finish_on_close, is_reset, low_water,
     receive, receive_vectored, reset_on_close, send, send_now, send_vectored,
 };
+pub(crate) use unsent::Unsent;
 
 /// Bytes after which a connection lets the worker's others have their turn: after one large read, in fact. More makes
 /// those beside eight fast streams wait twice as long, and moves no more bytes.

@@ -11,7 +11,7 @@ use super::{End, Relay, Step, TURN};
 use crate::relay::pipe::Pipe;
 use crate::relay::yield_turn;
 use crate::tunnel::{
-    MAX_DATA, MAX_RANGES, Pulled, RecordError, Size, is_reset, send, send_now, send_vectored,
+    Incoming, MAX_RANGES, Pulled, RecordError, Size, is_reset, send, send_now, send_vectored,
 };
 
 /// Taken from the kernel at once; one record in fact.
@@ -20,8 +20,8 @@ const SPLICED: usize = 64 * 1024;
 #[derive(Default)]
 pub(super) struct Down {
     /// Ranges of the incoming buffer already delivered, and bytes of the next one.
-    pub delivered: usize,
-    pub offset: usize,
+    delivered: usize,
+    offset: usize,
     /// The buffer to receive into next, by what was received last.
     size: Size,
     pub steady: Steady,
@@ -48,6 +48,11 @@ struct InKernel {
 }
 
 impl Down {
+    /// Leaves to another relay what the application has not taken.
+    pub fn leave(&mut self, incoming: &mut Incoming) {
+        incoming.delivered(self.delivered, self.offset);
+    }
+
     /// Whether another relay can go on with it.
     pub fn can_leave(&self) -> bool {
         !self.fin && !self.dead && !self.over && self.kernel.is_none()
@@ -133,7 +138,7 @@ impl Relay<'_> {
                 Ok(n) => {
                     self.down.size = incoming.size_after(n).min(self.progress.largest());
                     if self.down.size > Size::Small {
-                        let most = self.progress.largest().slots() * MAX_DATA;
+                        let most = self.progress.largest().content();
                         self.down.steady.received(self.tunnel, n, most);
                     }
                     return Poll::Ready(Ok(()));

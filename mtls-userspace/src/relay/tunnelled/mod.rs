@@ -125,7 +125,7 @@ impl Relay<'_> {
     /// Leaves all there is to know about the connection in its sockets and its codec.
     fn leave(&mut self) {
         self.codec.unsent = self.up.leave();
-        self.codec.incoming.delivered(self.down.delivered, self.down.offset);
+        self.down.leave(&mut self.codec.incoming);
         self.progress.pace.leave();
     }
 

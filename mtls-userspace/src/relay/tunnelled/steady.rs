@@ -38,6 +38,7 @@ struct Pace {
 
 struct Mark {
     batch: Batch,
+    /// When something was received last.
     heard: Instant,
     /// The time to the next look for a pause.
     look: Pin<Box<Sleep>>,
@@ -63,14 +64,12 @@ impl Steady {
             return;
         }
         let batch = Batch::of_rate(came, took, most);
+        if pace.mark.as_ref().is_none_or(|mark| mark.batch.bytes != batch.bytes) {
+            let _ = low_water(tunnel, batch.bytes);
+        }
         match &mut pace.mark {
-            Some(mark) if mark.batch.bytes == batch.bytes => {}
-            Some(mark) => {
-                let _ = low_water(tunnel, batch.bytes);
-                mark.batch = batch;
-            }
+            Some(mark) => mark.batch = batch,
             None => {
-                let _ = low_water(tunnel, batch.bytes);
                 let look = Box::pin(tokio::time::sleep(batch.pause));
                 pace.mark = Some(Mark { batch, heard: now, look });
             }

@@ -8,7 +8,6 @@ use crate::relay::pipe::Pipe;
 use crate::relay::yield_turn;
 use crate::tunnel::{
     Buffer, HEADROOM, MAX_DATA, RECORD_END, SLOT, SLOTS, Size, Unsent, is_reset, receive, receive_vectored,
-    send,
 };
 
 /// What a last DATA record and a FIN need besides the data.
@@ -21,10 +20,8 @@ const MOST_CALLS: u64 = 4096;
 
 #[derive(Default)]
 pub(super) struct Up {
-    buffer: Option<Buffer>,
-    /// What is sealed in `buffer` and not yet sent.
-    start: usize,
-    end: usize,
+    /// What is sealed and not yet sent.
+    unsent: Option<Unsent>,
     /// The buffer to take next, by what the last read brought.
     size: Size,
     /// Bytes moved in this turn.
@@ -47,15 +44,12 @@ pub(super) struct InKernel {
 impl Up {
     /// Goes on with what another relay has left.
     pub fn resume(unsent: Option<Box<Unsent>>) -> Self {
-        let Some(unsent) = unsent else { return Self::default() };
-        let Unsent { buffer, start, end } = *unsent;
-        Self { buffer: Some(buffer), start, end, ..Self::default() }
+        Self { unsent: unsent.map(|unsent| *unsent), ..Self::default() }
     }
 
     /// What is to be sent by another relay.
     pub fn leave(&mut self) -> Option<Box<Unsent>> {
-        let buffer = self.buffer.take()?;
-        Some(Box::new(Unsent { buffer, start: self.start, end: self.end }))
+        self.unsent.take().map(Box::new)
     }
 
     /// Whether another relay can go on with it.
@@ -65,7 +59,7 @@ impl Up {
 
     /// Whether something waits to be sent, so that the application is not read.
     pub fn holds(&self) -> bool {
-        self.buffer.is_some() || self.kernel.as_ref().is_some_and(|kernel| kernel.pipe.held() > 0)
+        self.unsent.is_some() || self.kernel.as_ref().is_some_and(|kernel| kernel.pipe.held() > 0)
     }
 }
 
@@ -76,7 +70,7 @@ impl Relay<'_> {
                 return Poll::Pending;
             }
             if let Err(end) = ready!(self.poll_flush(cx)) {
-                self.up.buffer = None;
+                self.up.unsent = None;
                 // Only a peer that is gone may have said why.
                 if self.codec.order.inbound_ended() || matches!(end, End::Tunnel(_)) {
                     return Poll::Ready(Err(end));
@@ -101,9 +95,9 @@ impl Relay<'_> {
             }
             if self.codec.head_unsent() {
                 // A server that speaks first must hear of the stream at once, and a raw stream goes both ways.
-                let buffer = self.up.buffer.insert(Buffer::take(Size::Small));
-                self.up.start = self.codec.seal_head(&mut buffer[..HEADROOM]).map_err(End::Tunnel)?;
-                self.up.end = HEADROOM;
+                let mut buffer = Buffer::take(Size::Small);
+                let start = self.codec.seal_head(&mut buffer[..HEADROOM]).map_err(End::Tunnel)?;
+                self.up.unsent = Some(Unsent { buffer, start, end: HEADROOM });
                 continue;
             }
             ready!(self.app.poll_read_ready(cx)).map_err(End::Io)?;
@@ -115,19 +109,12 @@ impl Relay<'_> {
         if self.up.kernel.is_some() {
             return self.poll_flush_kernel(cx);
         }
-        let Up { buffer: waiting, start, end, .. } = &mut self.up;
-        let Some(buffer) = waiting else { return Poll::Ready(Ok(())) };
-        while start < end {
-            match send(self.tunnel, &buffer[*start..*end]) {
-                Ok(n) => *start += n,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    ready!(self.tunnel.poll_write_ready(cx)).map_err(End::Io)?;
-                }
-                Err(error) if is_reset(&error) => return Poll::Ready(Err(End::PeerReset)),
-                Err(error) => return Poll::Ready(Err(End::Io(error))),
-            }
-        }
-        *waiting = None;
+        let Some(unsent) = &mut self.up.unsent else { return Poll::Ready(Ok(())) };
+        ready!(unsent.poll_send(self.tunnel, cx, |_| {})).map_err(|error| match error {
+            error if is_reset(&error) => End::PeerReset,
+            error => End::Io(error),
+        })?;
+        self.up.unsent = None;
         Poll::Ready(Ok(()))
     }
 
@@ -155,7 +142,7 @@ impl Relay<'_> {
             Err(error) => return Err(End::Io(error)),
         };
         self.up.size = Size::after(received).min(self.progress.largest());
-        self.up.start = self.codec.seal_head(&mut buffer[..HEADROOM]).map_err(End::Tunnel)?;
+        let start = self.codec.seal_head(&mut buffer[..HEADROOM]).map_err(End::Tunnel)?;
         let mut end = HEADROOM;
         let mut left = received;
         while left > 0 {
@@ -185,8 +172,7 @@ impl Relay<'_> {
         }
         self.progress.went_up(self.codec.order.is_client(), total);
         self.up.turn += total;
-        self.up.end = end;
-        self.up.buffer = Some(buffer);
+        self.up.unsent = Some(Unsent { buffer, start, end });
         Ok(true)
     }
 
@@ -197,10 +183,9 @@ impl Relay<'_> {
             return Ok(());
         }
         let mut buffer = Buffer::take(Size::Small);
-        self.up.start = self.codec.seal_head(&mut buffer[..HEADROOM]).map_err(End::Tunnel)?;
+        let start = self.codec.seal_head(&mut buffer[..HEADROOM]).map_err(End::Tunnel)?;
         let n = self.codec.seal_end(&mut buffer[HEADROOM..]).map_err(End::Tunnel)?;
-        self.up.end = HEADROOM + n;
-        self.up.buffer = Some(buffer);
+        self.up.unsent = Some(Unsent { buffer, start, end: HEADROOM + n });
         Ok(())
     }
 
